@@ -1,0 +1,72 @@
+# Everything runs in .venv, which the first verb that needs it makes.
+#   make PYTHON=python3.12 setup      another interpreter
+#   make train ARGS="--k 5"           options of benchmarks.train
+#   make test ARGS="-k checkpoint"    options of pytest
+
+PYTHON ?= python3
+ARGS   ?=
+VENV   := .venv
+PY     := $(VENV)/bin/python
+PIP    := $(PY) -m pip --disable-pip-version-check
+READY  := $(VENV)/.ready
+CODE   := setup.py lookbehind_fused benchmarks tests
+
+MAKEFLAGS += --no-print-directory
+.DEFAULT_GOAL := help
+.PHONY: help setup train test check format clean
+
+# An interpreter that was asked for by name must be the one in .venv; otherwise any that .venv has will do.
+VERSION := import sys; print("%d.%d" % sys.version_info[:2])
+ifneq ($(filter command environment,$(origin PYTHON)),)
+WANTED := $(or $(shell $(PYTHON) -c '$(VERSION)' 2>/dev/null),missing)
+endif
+# The stamp holds the folder it was made in: a copied .venv points back to where it came from.
+STATE := $(shell [ "$$(cat $(READY) 2>/dev/null)" = "$(CURDIR)" ] && $(PY) -c '$(VERSION)' 2>/dev/null)
+ifeq ($(and $(STATE),$(filter $(or $(WANTED),$(STATE)),$(STATE))),)
+.PHONY: $(READY)
+endif
+
+help:  ## list the verbs
+	@echo "make VERB [ARGS=\"...\"] [PYTHON=python3.12]"
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 12
+
+setup: $(READY)  ## make .venv and install everything into it (the second time there is nothing to do)
+	@echo "$(VENV) is ready"
+
+# Threads that wait are to sleep: where other programs share the cores, spinning ones cost ten times the time.
+train test: export OMP_WAIT_POLICY ?= PASSIVE
+
+train: $(READY)  ## run the main job; ARGS="--help" lists its options
+	@$(PY) -m benchmarks.train $(ARGS)
+
+test: $(READY)  ## run the tests; ARGS are pytest's
+	@$(PY) -m pytest $(ARGS)
+
+check: $(READY)  ## lint and check the format, changing nothing
+	@$(PY) -m ruff check --quiet $(CODE)
+	@$(PY) -m ruff format --check --quiet $(CODE) || { echo "run 'make format'" >&2; exit 1; }
+
+format: $(READY)  ## sort imports, apply safe fixes, format
+	@$(PY) -m ruff check --fix --quiet $(CODE)
+	@$(PY) -m ruff format --quiet $(CODE)
+
+clean:  ## remove .venv, build outputs and caches; keeps runs/
+	@rm -rf $(VENV) build dist *.egg-info .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	@find . -name .git -prune -o -name __pycache__ -prune -exec rm -rf {} +
+
+# The stamp goes before anything changes and comes back last: whatever interrupts this, the next call finds no stamp and
+# starts from nothing. torch is installed first and pinned, so that nothing after it can choose another build.
+$(READY): constraints.txt pyproject.toml setup.py
+	@[ "$(or $(WANTED),$(STATE))" = "$(or $(STATE),none)" ] && $(PIP) --version >/dev/null 2>&1 || { \
+		$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || { \
+			echo "make: $(PYTHON) is missing or older than Python 3.10: name another with PYTHON=..." >&2; exit 1; }; \
+		$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+			echo "make: $(PYTHON) has no venv module: on Debian or Ubuntu, apt install python3-venv" >&2; exit 1; }; \
+		echo "making $(VENV) with $$($(PYTHON) --version)"; rm -f $(READY); rm -rf $(VENV); \
+		$(PYTHON) -m venv $(VENV); }
+	@rm -f $(READY)
+	@echo "installing torch (the largest part)"
+	@$(PIP) install -qq -c constraints.txt torch setuptools
+	@echo "installing the rest"
+	@$(PIP) install -qq --no-build-isolation -c constraints.txt -e '.[train,dev]'
+	@echo "$(CURDIR)" > $(READY)

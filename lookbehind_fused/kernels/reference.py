@@ -1,0 +1,339 @@
+"""The passes in plain PyTorch: the definition of every kernel, to be read beside the paper.
+
+Algorithm 1 of Lookbehind (Mordido et al., ICML 2024), one outer step with the gradient reused::
+
+    slow = fast = perturbed = params;  g = grad(perturbed)
+    for i in 1..k:
+        perturbed += rho * T^2 g / (||T g||_2 + 1e-16)      ascend
+        g = grad(perturbed)
+        fast = base_optimizer(fast, g)                      descend
+    params = slow + alpha * (fast - slow)                   interpolate
+
+Signatures and the meaning of the arguments: ``kernels.schema``. Every tensor is seen as a vector in memory order. A
+gradient that is None (this backend alone accepts it) stands for a tensor that the evaluation did not reach: it is
+neither ascended nor updated, but its values still move from ``*_from`` to where the next pass reads them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from .schema import Flag
+
+NORM_EPSILON = 1e-16  # added to the norm that an ascent divides by
+CLIP_EPSILON = 1e-6  # added to the norm that clipping divides by, as torch.nn.utils.clip_grad_norm_ does
+SUM_CHUNK = 16384  # below the size from which torch splits a sum over threads: the order of a sum never changes
+
+Gradients = Sequence[Tensor | None]
+
+
+# ---- passes ----------------------------------------------------------------------------------------------------------
+
+
+def reduce_sq_norm(
+    params: Sequence[Tensor],
+    grads: Gradients,
+    perturbed: Tensor | None,
+    table: Tensor,
+    hyper: Tensor,
+    flags: int,
+    sq_norm: Tensor,
+) -> None:
+    """``sq_norm`` = the sums of squares of T g (equation 7 of ASAM, Kwon et al. 2021) and of g."""
+    _, eta, *_ = hyper.tolist()
+    squares = []
+    for param, grad, (_, span) in zip(params, grads, _rows(table), strict=True):
+        weights = _vector(param) if perturbed is None else perturbed[span]
+        g = _vector(grad).to(_compute_dtype(weights))
+        plain = ordered_sum(g.double().square())
+        scaled = (
+            ordered_sum((_scaling(weights.to(g.dtype), eta) * g).double().square()) if flags & Flag.ADAPTIVE else plain
+        )
+        squares.append(torch.stack([scaled, plain]))
+    sq_norm.copy_(torch.stack(squares).sum(0))
+
+
+def ascend(
+    params: Sequence[Tensor],
+    grads: Gradients,
+    perturbed: Tensor | None,
+    slow: Tensor | None,
+    table: Tensor,
+    sq_norms: Tensor,
+    hyper: Tensor,
+    flags: int,
+) -> None:
+    """``perturbed += rho * T^2 g / (||T g|| + 1e-16)``. The first ascent of a step keeps the weights in ``slow``."""
+    for param, grad, (_, span) in zip(params, grads, _rows(table), strict=True):
+        if slow is None:
+            weights = _vector(param) if perturbed is None else perturbed[span]
+        else:
+            weights = slow[span].copy_(_vector(param))
+        _store(_ascended(weights, grad, sq_norms, hyper, flags), param, perturbed, span)
+
+
+def descend(
+    grads: Gradients,
+    fast: Tensor,
+    fast_from: Tensor | None,
+    state: Sequence[Tensor],
+    state_from: Sequence[Tensor],
+    steps: Tensor,
+    steps_from: Tensor | None,
+    table: Tensor,
+    sq_norms: Tensor | None,
+    hyper: Tensor,
+    rule: str,
+    flags: int,
+) -> None:
+    """``fast = base_optimizer(fast, g)``, alone: the 2k form, where another evaluation comes before the next ascent."""
+    descent = _Descent(state, state_from, steps, steps_from, sq_norms, hyper, rule, flags)
+    for grad, (row, span) in zip(grads, _rows(table), strict=True):
+        fast[span].copy_(descent(_other(fast_from, fast)[span], grad, row, span))
+
+
+def descend_ascend(
+    params: Sequence[Tensor],
+    grads: Gradients,
+    perturbed: Tensor | None,
+    fast: Tensor,
+    fast_from: Tensor | None,
+    state: Sequence[Tensor],
+    state_from: Sequence[Tensor],
+    steps: Tensor,
+    steps_from: Tensor | None,
+    table: Tensor,
+    sq_norms: Tensor,
+    hyper: Tensor,
+    rule: str,
+    flags: int,
+) -> None:
+    """``fast = base_optimizer(fast, g)``, then the next ascent of ``perturbed``: the same g is reused."""
+    descend(grads, fast, fast_from, state, state_from, steps, steps_from, table, sq_norms, hyper, rule, flags)
+    ascend(params, grads, perturbed, None, table, sq_norms, hyper, flags)
+
+
+def descend_interpolate(
+    params: Sequence[Tensor],
+    grads: Gradients,
+    slow: Tensor,
+    fast: Tensor,
+    state: Sequence[Tensor],
+    state_from: Sequence[Tensor],
+    steps: Tensor,
+    steps_from: Tensor | None,
+    table: Tensor,
+    sq_norms: Tensor | None,
+    hyper: Tensor,
+    rule: str,
+    flags: int,
+) -> None:
+    """The last descent, then ``params = slow + alpha * (fast - slow)`` with the static alpha. ``fast`` is only read."""
+    _, _, alpha, *_ = hyper.tolist()
+    descent = _Descent(state, state_from, steps, steps_from, sq_norms, hyper, rule, flags)
+    for param, grad, (row, span) in zip(params, grads, _rows(table), strict=True):
+        _vector(param).copy_(torch.lerp(slow[span], descent(fast[span], grad, row, span), alpha))
+
+
+def descend_align(
+    params: Sequence[Tensor],
+    grads: Gradients,
+    perturbed: Tensor | None,
+    slow: Tensor,
+    fast: Tensor,
+    first: Tensor,
+    state: Sequence[Tensor],
+    state_from: Sequence[Tensor],
+    steps: Tensor,
+    steps_from: Tensor | None,
+    table: Tensor,
+    sq_norms: Tensor | None,
+    hyper: Tensor,
+    rule: str,
+    flags: int,
+    sums: Tensor,
+) -> None:
+    """The last descent, which leaves fast_k where the perturbed weights were, and the three sums that alpha* is made
+    of.
+
+    ``fast`` and ``first`` (fast_1) are only read, and for k = 2 are the same buffer.
+    """
+    descent = _Descent(state, state_from, steps, steps_from, sq_norms, hyper, rule, flags)
+    by_tensor = []
+    for param, grad, (row, span) in zip(params, grads, _rows(table), strict=True):
+        last = descent(fast[span], grad, row, span)
+        by_tensor.append(alignment(first[span] - slow[span], last - slow[span]))
+        _store(last, param, perturbed, span)
+    if flags & Flag.PER_TENSOR:
+        sums[[row for row, _ in _rows(table)]] = torch.stack(by_tensor)
+    else:
+        sums.copy_(torch.stack(by_tensor).sum(0, keepdim=True))
+
+
+def interpolate(
+    params: Sequence[Tensor], perturbed: Tensor | None, slow: Tensor, table: Tensor, sums: Tensor, flags: int
+) -> None:
+    """``params = slow + alpha* (fast_k - slow)``: fast_k is what ``descend_align`` left, alpha* comes from ``sums``."""
+    alpha = adaptive_alpha(sums if flags & Flag.PER_TENSOR else sums.sum(0))
+    for param, (row, span) in zip(params, _rows(table), strict=True):
+        fast = _vector(param) if perturbed is None else perturbed[span]
+        weight = alpha[row] if flags & Flag.PER_TENSOR else alpha
+        _vector(param).copy_(torch.lerp(slow[span], fast, weight.to(slow.dtype)))
+
+
+# ---- update rules: base_optimizer(fast, g) ---------------------------------------------------------------------------
+
+
+def sgd(w: Tensor, g: Tensor, state: Sequence[Tensor], step: int, hyper: Sequence[float], flags: int):
+    """torch.optim.SGD. ``step`` counts this tensor's updates from 1; at the first the momentum is the gradient."""
+    lr, momentum, dampening, weight_decay = hyper
+    if flags & Flag.MAXIMIZE:
+        g = -g
+    if weight_decay:
+        g = g.add(w, alpha=weight_decay)
+    if state:
+        (momentum_buffer,) = state
+        momentum_buffer = g if step == 1 else (momentum_buffer * momentum).add(g, alpha=1 - dampening)
+        g = g.add(momentum_buffer, alpha=momentum) if flags & Flag.NESTEROV else momentum_buffer
+        state = (momentum_buffer,)
+    return w.add(g, alpha=-lr), state
+
+
+def adam(w: Tensor, g: Tensor, state: Sequence[Tensor], step: int, hyper: Sequence[float], flags: int):
+    """torch.optim.Adam (Kingma and Ba 2015, algorithm 1) and AdamW (Loshchilov and Hutter 2019)."""
+    lr, beta1, beta2, eps, weight_decay = hyper
+    if flags & Flag.MAXIMIZE:
+        g = -g
+    if weight_decay and flags & Flag.DECOUPLED:
+        w = w * (1 - lr * weight_decay)
+    elif weight_decay:
+        g = g.add(w, alpha=weight_decay)
+    exp_avg, exp_avg_sq, *max_exp_avg_sq = state
+    exp_avg = exp_avg.lerp(g, 1 - beta1)
+    exp_avg_sq = (exp_avg_sq * beta2).addcmul(g, g, value=1 - beta2)
+    if flags & Flag.AMSGRAD:
+        max_exp_avg_sq = [torch.maximum(*max_exp_avg_sq, exp_avg_sq)]
+    second_moment = max_exp_avg_sq[0] if flags & Flag.AMSGRAD else exp_avg_sq
+    denominator = (second_moment.sqrt() / (1 - beta2**step) ** 0.5).add(eps)
+    step_size = lr / (1 - beta1**step)
+    return w.addcdiv(exp_avg, denominator, value=-step_size), (exp_avg, exp_avg_sq, *max_exp_avg_sq)
+
+
+def none(w: Tensor, g: Tensor, state: Sequence[Tensor], step: int, hyper: Sequence[float], flags: int):
+    """The base optimizer is not fused: its own ``step()`` has moved ``fast`` already."""
+    return w, state
+
+
+RULES = {"sgd": sgd, "adam": adam, "none": none}
+
+
+class _Descent:
+    """``base_optimizer(fast, g)`` for one tensor after another, with its state read and written."""
+
+    def __init__(self, state, state_from, steps, steps_from, sq_norms, hyper, rule, flags) -> None:
+        _, _, _, max_grad_norm, *self.hyper = hyper.tolist()
+        self.rule, self.flags = RULES[rule], flags
+        self.state, self.state_from = state, state_from or state
+        self.steps, self.steps_from = steps, _other(steps_from, steps)
+        self.clip = None if sq_norms is None else clip_coefficient(sq_norms, max_grad_norm)
+
+    def __call__(self, fast: Tensor, grad: Tensor | None, row: int, span: slice) -> Tensor:
+        old = [buffer[span] for buffer in self.state_from]
+        step = self.steps_from[row]
+        if grad is None:
+            moved, new = fast, old
+        else:
+            g = _vector(grad).to(fast.dtype)
+            step = step + 1
+            moved, new = self.rule(
+                fast, g if self.clip is None else g * self.clip, old, int(step), self.hyper, self.flags
+            )
+        for buffer, value in zip(self.state, new, strict=True):
+            buffer[span].copy_(value)
+        self.steps[row] = step
+        return moved
+
+
+# ---- formulas --------------------------------------------------------------------------------------------------------
+
+
+def total_norm(sq_norms: Tensor, column: int = 0) -> Tensor:
+    """0-dim float64: ||T g|| (column 0) or ||g|| (column 1) over all buckets, from shape (buckets, 2)."""
+    return sq_norms[:, column].sum().sqrt()
+
+
+def clip_coefficient(sq_norms: Tensor, max_grad_norm: float) -> Tensor | None:
+    """``min(1, max_grad_norm / (||g|| + 1e-6))``, 0-dim float64; None where nothing is clipped."""
+    if math.isinf(max_grad_norm):
+        return None
+    return (max_grad_norm / (total_norm(sq_norms, 1) + CLIP_EPSILON)).clamp(max=1.0)
+
+
+def alignment(a: Tensor, b: Tensor) -> Tensor:
+    """(<a, b>, <a, a>, <b, b>), float64 of shape (3,), of two vectors."""
+    a, b = a.double(), b.double()
+    return torch.stack([ordered_sum(a * b), ordered_sum(a * a), ordered_sum(b * b)])
+
+
+def adaptive_alpha(sums: Tensor) -> Tensor:
+    """alpha* = (cos + 1) / 2 (Mordido et al. 2024), shape (..., 3) to (...). The cosine of a zero vector is 0."""
+    dot, a, b = sums.unbind(-1)
+    norms = a.sqrt() * b.sqrt()
+    cosine = torch.where(norms > 0, dot / norms, 0.0).clamp(-1.0, 1.0)
+    return (cosine + 1) / 2
+
+
+def ordered_sum(x: Tensor) -> Tensor:
+    """Sum of a vector, 0-dim, in an order that does not depend on the number of threads."""
+    while x.numel() > SUM_CHUNK:
+        whole = x.numel() // SUM_CHUNK * SUM_CHUNK
+        x = torch.cat([x[:whole].view(-1, SUM_CHUNK).sum(1), x[whole:].sum().view(1)])
+    return x.sum()
+
+
+def _scaling(weights: Tensor, eta: float) -> Tensor:
+    """ASAM's T_w = |w| + eta (Kwon et al. 2021, section 3.2)."""
+    return weights.abs() + eta
+
+
+def _ascended(weights: Tensor, grad: Tensor | None, sq_norms: Tensor, hyper: Tensor, flags: int) -> Tensor:
+    if grad is None:
+        return weights
+    rho, eta, *_ = hyper.tolist()
+    g = _vector(grad).to(weights.dtype)
+    if flags & Flag.ADAPTIVE:
+        g = _scaling(weights, eta).square() * g
+    return weights + g * (rho / (total_norm(sq_norms) + NORM_EPSILON))
+
+
+# ---- tensors ---------------------------------------------------------------------------------------------------------
+
+
+def _vector(x: Tensor) -> Tensor:
+    """A dense tensor's elements in memory order, sharing its memory and version counter."""
+    return x.detach().as_strided((x.numel(),), (1,))
+
+
+def _rows(table: Tensor) -> Iterator[tuple[int, slice]]:
+    """Each tensor's row in ``steps`` and ``sums`` and its slice of the flat buffers."""
+    for row, start, size in table.tolist():
+        yield row, slice(start, start + size)
+
+
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _other(source: Tensor | None, target: Tensor) -> Tensor:
+    return target if source is None else source
+
+
+def _store(weights: Tensor, param: Tensor, perturbed: Tensor | None, span: slice) -> None:
+    """New weights go into the parameter, rounded to its dtype, and unrounded into ``perturbed`` where there is one."""
+    if perturbed is not None:
+        perturbed[span].copy_(weights)
+    _vector(param).copy_(weights)

@@ -1,0 +1,67 @@
+"""The passes: their names and their signatures.
+
+A pass is one walk over the tensors of a bucket. ``SCHEMAS`` is the one definition of every signature; each backend is a
+module with one function per schema, of the same name and the same arguments. ``reference`` is the definition of what
+each pass computes.
+
+Arguments that recur:
+
+``params``, ``grads``
+    The tensors taking part, where PyTorch put them. A gradient has its parameter's shape, dtype and strides.
+``slow``, ``fast``, ``first``, ``perturbed``, ``state``
+    Flat buffers of the bucket, 1-D, float32 (float64 for float64 parameters). ``perturbed`` is given for bf16 and fp16
+    parameters only: elsewhere the parameters themselves hold the perturbed weights. ``state`` are the base optimizer's
+    buffers in the order of its rule (``lookbehind_fused.base``).
+``fast_from``, ``state_from``, ``steps_from``
+    Where the old values are read, if not from the buffer that is written; None (an empty list) means in place.
+``steps``
+    float32, one element per tensor of the bucket: how often the base optimizer has updated it.
+``table``
+    int64 of shape (tensors, 3) in host memory: the tensor's row in ``steps`` and ``sums``, and the start and size of
+    its slice of every flat buffer, in elements.
+``sq_norm``, ``sq_norms``
+    float64, on the parameters' device. ``sq_norm`` of shape (2,) is what one bucket adds: the sums of squares of T g
+    and of g. ``sq_norms`` of shape (buckets, 2) are all of them; who reads them adds them up.
+``sums``
+    float64 of shape (rows, 3): <a, b>, <a, a>, <b, b> of the displacements a = fast_1 - slow and b = fast_k - slow. One
+    row a tensor under ``Flag.PER_TENSOR``, else one row a bucket.
+``hyper``
+    float64, 1-D, in host memory: rho, eta, alpha, max_grad_norm, then the rule's own, in the order of ``base.RULES``.
+``rule``, ``flags``
+    Name of the update rule, and a sum of ``Flag``.
+"""
+
+from __future__ import annotations
+
+from enum import IntFlag
+
+
+class Flag(IntFlag):
+    """The yes-or-no settings of a pass, added up in its argument ``flags``."""
+
+    ADAPTIVE = 1  # ASAM: T = |perturbed| + eta; otherwise T = 1
+    PER_TENSOR = 2  # adaptive alpha for each tensor by itself
+    MAXIMIZE = 4
+    NESTEROV = 8
+    AMSGRAD = 16
+    DECOUPLED = 32  # weight decay as in AdamW
+
+
+_DESCENT = (
+    "Tensor(s!)[] state, Tensor[] state_from, Tensor(n!) steps, Tensor? steps_from, Tensor table, "
+    "Tensor? sq_norms, Tensor hyper, str rule, int flags"
+)
+
+SCHEMAS = {
+    "reduce_sq_norm": "(Tensor[] params, Tensor[] grads, Tensor? perturbed, Tensor table, Tensor hyper, int flags, "
+    "Tensor(a!) sq_norm) -> ()",
+    "ascend": "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)? perturbed, Tensor(c!)? slow, Tensor table, "
+    "Tensor sq_norms, Tensor hyper, int flags) -> ()",
+    "descend": f"(Tensor[] grads, Tensor(a!) fast, Tensor? fast_from, {_DESCENT}) -> ()",
+    "descend_ascend": "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)? perturbed, Tensor(c!) fast, "
+    f"Tensor? fast_from, {_DESCENT}) -> ()",
+    "descend_interpolate": f"(Tensor(a!)[] params, Tensor[] grads, Tensor slow, Tensor fast, {_DESCENT}) -> ()",
+    "descend_align": "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)? perturbed, Tensor slow, Tensor fast, "
+    f"Tensor first, {_DESCENT}, Tensor(c!) sums) -> ()",
+    "interpolate": "(Tensor(a!)[] params, Tensor? perturbed, Tensor slow, Tensor table, Tensor sums, int flags) -> ()",
+}

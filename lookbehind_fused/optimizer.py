@@ -1,0 +1,645 @@
+"""Lookbehind: the outer step as a loop over gradient evaluations."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import numbers
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.optimizer import ParamsT, _global_optimizer_post_hooks, _global_optimizer_pre_hooks
+
+from . import kernels
+from .base import GROUP_DEFAULTS, OwnStep, keep_when_loading, rule_of
+from .buckets import Bucket, Evaluation, Scalars, Settings, check_parameters, name_of
+from .kernels.reference import adaptive_alpha, total_norm
+
+# Attributes of an open step and of what is rebuilt when needed: neither copied nor pickled.
+TRANSIENT = {"_buckets": None, "_scalars": None, "_own_step": None, "_remaining": None, "_settings": None}
+
+
+class Lookbehind(Optimizer):
+    r"""Lookbehind-SAM and Lookbehind-ASAM over a torch optimizer (Mordido et al., ICML 2024, algorithm 1).
+
+    One outer step takes k ascent steps "behind" the weights and moves ``fast`` weights with the gradients found there,
+    then interpolates (slow, fast and perturbed weights are the paper's :math:`\phi_t, \phi_{t,i}, \phi'_{t,i}`)::
+
+        slow = fast = perturbed = params;  g = grad(perturbed)
+        for i in 1..k:
+            perturbed += rho * T^2 g / (||T g||_2 + 1e-16)       # T = 1, or |perturbed| + eta (adaptive)
+            g = grad(perturbed)
+            fast = base_optimizer(fast, g)
+        params = slow + alpha * (fast - slow)
+
+    The gradient that moved ``fast`` is the one that the next ascent needs, so a step costs k + 1 evaluations instead of
+    2k, with the same trajectory wherever the forward pass is deterministic. With dropout the reused gradient carries
+    the mask that it was computed with; BatchNorm's running buffers are updated k + 1 times instead of 2k.
+
+    Example::
+
+        optimizer = Lookbehind(model.parameters(), torch.optim.SGD, lr=0.1, momentum=0.9, rho=0.05, k=2, alpha=0.5)
+
+        def closure():
+            loss = loss_fn(model(inputs), targets)
+            loss.backward()
+            return loss
+
+        loss = optimizer.step(closure)
+
+    Args:
+        params: parameters, ``named_parameters()`` or parameter groups, as for any torch optimizer; None where
+            ``base_optimizer`` is an instance. Dense real tensors of float64, float32, bfloat16 or float16. A group may
+            have its own ``rho``, ``adaptive`` and ``eta``.
+        base_optimizer: a torch optimizer class, built with ``base_kwargs``, or an instance, whose groups are shared.
+            ``SGD``, ``Adam`` and ``AdamW`` are rules of the kernels; any other runs its own ``step()`` on the fast
+            weights.
+        rho: radius of one ascent step, >= 0, in units of the weights (adaptive: of the scaled weights).
+        k: inner steps, >= 1. With ``k=1, alpha=1`` this is SAM (Foret et al. 2021).
+        alpha: slow step size in (0, 1], or ``"adaptive"``: (cos(fast_1 - slow, fast_k - slow) + 1) / 2.
+        alpha_scope: ``"global"``, one alpha* for the whole weight vector as the paper writes it, or ``"tensor"``, one
+            for
+            each parameter as the authors' code computes it. Without meaning for a static alpha.
+        adaptive: ASAM's scaling T of the ascent (Kwon et al. 2021).
+        eta: ASAM's stabilizer, >= 0; not the learning rate.
+        reuse_gradient: False evaluates 2k gradients; needed where the minibatch is switched inside the step.
+        max_grad_norm: the descent multiplies its gradient by ``min(1, max_grad_norm / (||g||_2 + 1e-6))``, the norm
+            running
+            over all parameters (as ``torch.nn.utils.clip_grad_norm_``); None does not clip. The ascent has no use for
+            it.
+        backend: ``"auto"`` or ``"reference"`` (plain PyTorch).
+        **base_kwargs: arguments of the class ``base_optimizer``.
+
+    For bf16 and fp16 parameters the slow, fast and perturbed weights and the base's state are kept in float32 during
+    the step; the parameters are their rounded image.
+
+    Raises:
+        TypeError: an argument has a type that cannot mean anything here.
+        ValueError: an argument or a parameter is not acceptable; the message names it, what was expected and what came.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT | None,
+        base_optimizer: type[Optimizer] | Optimizer,
+        *,
+        rho: float = GROUP_DEFAULTS["rho"],
+        k: int = 2,
+        alpha: float | str = 0.5,
+        alpha_scope: str = "global",
+        adaptive: bool = GROUP_DEFAULTS["adaptive"],
+        eta: float = GROUP_DEFAULTS["eta"],
+        reuse_gradient: bool = True,
+        max_grad_norm: float | None = None,
+        backend: str = "auto",
+        **base_kwargs: Any,
+    ) -> None:
+        group_defaults = {"rho": rho, "adaptive": adaptive, "eta": eta}
+        _check_group(group_defaults)
+        _check_bool("reuse_gradient", reuse_gradient)
+        checked_settings(k, alpha, alpha_scope, max_grad_norm)
+        kernels.resolve(backend, torch.device("cpu"))
+        base = _build_base(params, base_optimizer, base_kwargs)
+        check_parameters(*_params_and_names(base.param_groups))
+        for number, group in enumerate(base.param_groups):
+            _check_group({**group_defaults, **group}, f"param_groups[{number}]")
+        # From here on nothing fails: an instance handed in is changed only if everything about it is acceptable.
+        for group in base.param_groups:
+            for key, value in group_defaults.items():
+                group.setdefault(key, value)
+        self.__setstate__(
+            {
+                "base_optimizer": base,
+                "defaults": {**base.defaults, **group_defaults},
+                "k": k,
+                "alpha": alpha,
+                "alpha_scope": alpha_scope,
+                "reuse_gradient": reuse_gradient,
+                "max_grad_norm": max_grad_norm,
+                "backend": backend,
+            }
+        )
+
+    # ---- one optimizer with its base ----
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+        """The base optimizer's own parameter groups."""
+        return self.base_optimizer.param_groups
+
+    @property
+    def state(self) -> dict[Tensor, Any]:  # type: ignore[override]
+        """The base optimizer's own state."""
+        return self.base_optimizer.state
+
+    def __repr__(self) -> str:
+        settings = ", ".join(
+            f"{name}={getattr(self, name)!r}" for name in ("k", "alpha", "alpha_scope", "reuse_gradient")
+        )
+        base = type(self.base_optimizer).__name__
+        return super().__repr__().replace("(", f"({base}, {settings}", 1)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group to the base optimizer; its own ``rho``, ``adaptive`` and ``eta`` are optional.
+
+        Raises:
+            RuntimeError: an outer step is open.
+            ValueError: as for the constructor; the groups are as before.
+        """
+        self._require_closed("add_param_group()")
+        if not isinstance(param_group, dict):
+            raise TypeError(f"param_group: expected a dict, got {type(param_group).__name__}")
+        own = {name: param_group.get(name, self.defaults[name]) for name in GROUP_DEFAULTS}
+        _check_group(own, f"param_groups[{len(self.param_groups)}]")
+        self.base_optimizer.add_param_group(param_group)
+        try:
+            check_parameters(*_params_and_names(self.param_groups))
+        except ValueError:
+            self.param_groups.pop()
+            raise
+        self.param_groups[-1].update(own)
+
+    # ---- the outer step, in three forms ----
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """One outer step: k + 1 evaluations of ``closure`` (2k with ``reuse_gradient=False``).
+
+        Args:
+            closure: runs forward and backward and returns the loss. Gradients are cleared before each call.
+
+        Returns:
+            What the closure returned at evaluation 0: the loss at the unperturbed weights.
+
+        Raises:
+            TypeError: there is no closure, or it returned None.
+            RuntimeError: it ran no backward, or a step is open already.
+
+        Whatever is raised, by the closure or here, the weights and the base optimizer's state are as they were before.
+        """
+        if not callable(closure):
+            raise TypeError(
+                "closure: expected a function that runs forward and backward and returns the loss, since a step takes "
+                f"several gradients; got {closure!r} (loops that call backward themselves: evaluations())"
+            )
+        loss = None
+        with closing(self._outer_step()) as evaluations:
+            for evaluation in evaluations:
+                with torch.enable_grad():
+                    value = closure()
+                if value is None:
+                    raise TypeError(
+                        f"closure: expected the loss to be returned, got None at evaluation {evaluation.index}"
+                    )
+                if evaluation.index == 0:
+                    loss = value
+        return loss
+
+    def evaluations(self) -> Iterator[Evaluation]:
+        """One outer step with the loop in the caller's hands: run forward and backward once per iteration.
+
+        Gradients are cleared before each iteration. Leaving the loop early, by ``break`` or by an exception, restores
+        the weights and the base optimizer's state. Example, with another minibatch for each inner step::
+
+            for evaluation in optimizer.evaluations():          # built with reuse_gradient=False
+                inputs, targets = minibatches[evaluation.inner_step - 1]
+                loss_fn(model(inputs), targets).backward()
+
+        Yields:
+            Evaluation: which evaluation this is.
+
+        Raises:
+            RuntimeError: an iteration ran no backward, or a step is open already.
+        """
+        self._run_pre_hooks()
+        yield from self._outer_step()
+        self._run_post_hooks()
+
+    def ascent_step(self) -> None:
+        """Ascend with the gradients that are there: the first half of an inner step of the 2k form.
+
+        k pairs of ``ascent_step()`` and ``descent_step()``, each after a backward of its own, are one outer step.
+        Clearing gradients in between is up to the caller. Between the two the weights are perturbed: ``abort_step()``
+        restores them.
+
+        Raises:
+            RuntimeError: ``descent_step()`` is due, there is no gradient, or a step of another form is open.
+        """
+        if self._remaining is None:
+            self._run_pre_hooks()
+            self._begin(list(_plan(self.k, reuse_gradient=False)))
+        self._half_step("ascent_step()", "descent_step()", ascends=True)
+
+    def descent_step(self) -> None:
+        """Move the fast weights with the gradients that are there: the second half of an inner step of the 2k form.
+
+        After the k-th the outer step is complete and the weights are no longer perturbed.
+
+        Raises:
+            RuntimeError: ``ascent_step()`` is due, there is no gradient, or a step of another form is open.
+        """
+        self._half_step("descent_step()", "ascent_step()", ascends=False)
+        if self._remaining is None:
+            self._run_post_hooks()
+
+    @torch.no_grad()
+    def abort_step(self) -> None:
+        """Abandon the open outer step: weights and base state become what they were before it. No-op without one."""
+        if self._remaining is None:
+            return
+        self._remaining = None
+        self._completed = False
+        for bucket in self._buckets:
+            bucket.restore()
+            bucket.release()
+        self._own_step.restore()
+
+    @property
+    def diagnostics(self) -> dict[str, Tensor]:
+        """Figures of the last outer step, as tensors on the parameters' device; reading them waits for nothing.
+
+        ``grad_norm``: 0-dim float64, the L2 norm of the gradient at the slow weights, over all parameters. ``alpha``:
+        0-dim float64, the slow step size; with an adaptive alpha of scope "tensor" of shape (parameters,), in the order
+        of the parameter groups, NaN for a parameter that took no part. Empty if there was no step or it was abandoned.
+        """
+        if not self._completed:
+            return {}
+        bucket = self._buckets[0]
+        settings = bucket.settings
+        grad_norm = total_norm(self._scalars.sq_norms[bucket.device][0], 1)
+        if settings.alpha != "adaptive" or (settings.alpha_scope == "global" and not settings.aligns):
+            alpha = torch.full((), settings.static_alpha, dtype=torch.float64, device=bucket.device)
+        elif settings.alpha_scope == "global":
+            alpha = adaptive_alpha(self._scalars.sums[bucket.device].sum(0))
+        else:
+            count = sum(len(group["params"]) for group in self.param_groups)
+            alpha = torch.full((count,), float("nan"), dtype=torch.float64, device=bucket.device)
+            for bucket in self._buckets:
+                of_bucket = adaptive_alpha(bucket.sums) if settings.aligns else torch.ones(len(bucket.params)).double()
+                alpha[bucket.indices] = of_bucket.to(alpha.device, non_blocking=True)
+        return {"grad_norm": grad_norm, "alpha": alpha}
+
+    # ---- the loop ----
+
+    def _outer_step(self) -> Iterator[Evaluation]:
+        plan = list(_plan(self.k, self.reuse_gradient))
+        this_step: list[Evaluation] = []
+        self._begin(this_step)
+        try:
+            for evaluation in plan:
+                self.zero_grad()
+                yield evaluation
+                if self._remaining is not this_step:
+                    raise RuntimeError(
+                        f"evaluation {evaluation.index}: expected an open step, but abort_step() ended it"
+                    )
+                self._use_gradients(evaluation)
+        finally:
+            if self._remaining is this_step:
+                self.abort_step()
+
+    def _half_step(self, name: str, other: str, *, ascends: bool) -> None:
+        if not self._remaining:
+            now = "no step is open" if self._remaining is None else "step(closure) or evaluations() is running"
+            raise RuntimeError(f"{name}: expected after {other}, but {now}")
+        evaluation = self._remaining[0]
+        if evaluation.ascends != ascends:
+            raise RuntimeError(
+                f"{name}: expected {other} next, at inner step {evaluation.inner_step} of {self.k}; abort_step() "
+                "abandons the step"
+            )
+        try:
+            self._use_gradients(evaluation)
+        except BaseException:
+            self.abort_step()
+            raise
+        if self._remaining is not None:
+            del self._remaining[0]
+
+    def _begin(self, remaining: list[Evaluation]) -> None:
+        """Open an outer step. ``remaining`` is what ascent_step() and descent_step() still have to do."""
+        self._require_closed("a new step")
+        self._prepare()
+        self._remaining = remaining
+
+    @torch.no_grad()
+    def _use_gradients(self, evaluation: Evaluation) -> None:
+        """What follows an evaluation: its norm, the descent and the ascent that use its gradient."""
+        buckets, scalars, settings = self._buckets, self._scalars, self._settings
+        if not sum([bucket.collect(evaluation) for bucket in buckets]):
+            raise RuntimeError(
+                f"evaluation {evaluation.index}: expected a backward that gives parameters their gradients, but none "
+                "has one"
+            )
+        if evaluation.ascends or settings.max_grad_norm is not None:
+            for bucket in buckets:
+                bucket.reduce_sq_norm(evaluation, scalars)
+            scalars.share_sq_norms(evaluation.index)
+        if evaluation.descends and self._own_step.needed:
+            self._run_own_step(evaluation)
+        if not evaluation.descends:
+            use = Bucket.ascend
+        elif evaluation.ascends:
+            use = Bucket.descend_ascend
+        elif evaluation.inner_step < settings.k:
+            use = Bucket.descend
+        else:
+            use = Bucket.descend_align if settings.aligns else Bucket.descend_interpolate
+        for bucket in buckets:
+            use(bucket, evaluation, scalars)
+            bucket.release()
+        if use is Bucket.descend_align:
+            scalars.share_sums()
+            for bucket in buckets:
+                bucket.interpolate(scalars)
+        if evaluation.descends and evaluation.inner_step == settings.k:
+            self._complete()
+
+    def _run_own_step(self, evaluation: Evaluation) -> None:
+        if evaluation.inner_step == 1:
+            self._own_step.remember()
+        stand_ins = chain.from_iterable([bucket.stage(evaluation, self._scalars) for bucket in self._buckets])
+        self._own_step.step(stand_ins)
+        for bucket in self._buckets:
+            bucket.unstage(evaluation)
+
+    def _complete(self) -> None:
+        for bucket in self._buckets:
+            bucket.close()
+        self._own_step.forget()
+        self._remaining = None
+        self._completed = True
+        self._opt_called = self.base_optimizer._opt_called = True  # LR schedulers look for it
+
+    # ---- before a step ----
+
+    def _prepare(self) -> None:
+        """Bring buckets and settings up to date with everything that may have been changed between two steps."""
+        settings = checked_settings(self.k, self.alpha, self.alpha_scope, self.max_grad_norm)
+        for number, group in enumerate(self.param_groups):
+            for name in GROUP_DEFAULTS:
+                group.setdefault(name, self.defaults[name])
+            _check_group(group, f"param_groups[{number}]")
+        base = self.base_optimizer
+        if rule_of(base).name != "none" and (base._optimizer_step_pre_hooks or base._optimizer_step_post_hooks):
+            raise RuntimeError(
+                f"base_optimizer: its step() is never called, since {type(base).__name__} is fused, so its step hooks "
+                "would not run; expected none, register them on Lookbehind"
+            )
+        if not self._buckets_fit():
+            self._build_buckets(settings)
+        elif settings.k != self._settings.k:
+            self._scalars, self._completed = Scalars(self._buckets, 2 * settings.k), False
+        self._settings = settings
+        for bucket in self._buckets:
+            bucket.open(settings)
+
+    def _buckets_fit(self) -> bool:
+        """Whether the buckets still hold the tensors that can have a gradient, in their groups and memory layouts."""
+        if self._buckets is None:
+            return False
+        tensors = [p for group in self.param_groups for p in group["params"]]
+        same_layout = all([bucket.same_layout(tensors) for bucket in self._buckets])
+        groups = {id(group) for group in self.param_groups}
+        held = {id(p) for bucket in self._buckets for p in bucket.params if id(bucket.group) in groups}
+        trained = {id(p) for p in tensors if self._takes_part(p)}
+        return same_layout and trained <= held and all(id(bucket.group) in groups for bucket in self._buckets)
+
+    def _takes_part(self, p: Tensor) -> bool:
+        return p.requires_grad or p.grad is not None
+
+    def _build_buckets(self, settings: Settings) -> None:
+        members: dict[tuple, list[tuple[int, str, Tensor]]] = {}
+        params, names = _params_and_names(self.param_groups)
+        check_parameters(params, names)
+        indexed = iter(zip(range(len(params)), names, params, strict=True))
+        for number, group in enumerate(self.param_groups):
+            for index, name, p in (next(indexed) for _ in group["params"]):
+                if self._takes_part(p):
+                    members.setdefault((number, p.device, p.dtype), []).append((index, name, p))
+        if not members:
+            raise RuntimeError("no parameter requires a gradient: expected at least one")
+        rule = rule_of(self.base_optimizer)
+        self._buckets = []
+        for (number, device, _), tensors in members.items():
+            indices, of_bucket, held = map(list, zip(*tensors, strict=True))
+            group, backend = self.param_groups[number], kernels.resolve(self.backend, device)
+            position = len(self._buckets)
+            self._buckets.append(Bucket(position, indices, of_bucket, held, group, self.base_optimizer, rule, backend))
+        self._scalars = Scalars(self._buckets, 2 * settings.k)
+        self._own_step = OwnStep(self.base_optimizer)
+        self._completed = False
+
+    def _require_closed(self, what: str) -> None:
+        if self._remaining is not None:
+            raise RuntimeError(
+                f"{what}: expected no open step, but the weights are those of an evaluation; complete the step, or "
+                "restore them with abort_step()"
+            )
+
+    # ---- hooks: torch runs them around step(); the other forms of a step run them here ----
+
+    def _run_pre_hooks(self) -> None:
+        for hook in chain(_global_optimizer_pre_hooks.values(), self._optimizer_step_pre_hooks.values()):
+            hook(self, (), {})
+
+    def _run_post_hooks(self) -> None:
+        for hook in chain(self._optimizer_step_post_hooks.values(), _global_optimizer_post_hooks.values()):
+            hook(self, (), {})
+
+    # ---- saving and loading ----
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the base optimizer's ``state_dict()`` is, and under ``"lookbehind"`` what it belongs to.
+
+        Raises:
+            RuntimeError: an outer step is open, so that the weights are perturbed.
+        """
+        self._require_closed("state_dict()")
+        state_dict = super().state_dict()
+        state_dict["lookbehind"] = {
+            "k": self.k,
+            "base_optimizer": type(self.base_optimizer).__name__,
+            "shapes": [list(p.shape) for p in _params_and_names(self.param_groups)[0]],
+        }
+        return state_dict
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what ``state_dict()`` returned, or a state dict of the base optimizer alone.
+
+        Raises:
+            RuntimeError: an outer step is open.
+            ValueError: it is of another k, model or base optimizer; nothing is changed.
+        """
+        self._require_closed("load_state_dict()")
+        if not isinstance(state_dict, dict):
+            raise ValueError(f"state_dict: expected a dict as state_dict() returns, got {state_dict!r}")
+        state_dict = dict(state_dict)
+        for hook in self._optimizer_load_state_dict_pre_hooks.values():
+            state_dict = hook(self, state_dict) or state_dict
+        self._check_loadable(state_dict)
+        self.base_optimizer.load_state_dict({key: state_dict[key] for key in ("state", "param_groups")})
+        for hook in self._optimizer_load_state_dict_post_hooks.values():
+            hook(self)
+
+    def _check_loadable(self, state_dict: dict[str, Any]) -> None:
+        for key, kind in (("state", dict), ("param_groups", list), ("lookbehind", dict)):
+            value = state_dict.get(key, {} if key == "lookbehind" else None)
+            if not isinstance(value, kind):
+                raise ValueError(f"state_dict: expected a {kind.__name__} under {key!r}, got {value!r}")
+        params, names = _params_and_names(self.param_groups)
+        saved = state_dict.get("lookbehind", {})
+        expected = {"k": self.k, "base_optimizer": type(self.base_optimizer).__name__}
+        for key, value in expected.items():
+            if saved.get(key, value) != value:
+                raise ValueError(f"state_dict: expected {key} {value!r}, got {saved[key]!r}")
+        sizes = [len(group["params"]) for group in self.param_groups]
+        saved_sizes = [len(group["params"]) for group in state_dict["param_groups"]]
+        if saved_sizes != sizes:
+            raise ValueError(f"state_dict: expected groups of {sizes} parameters, got {saved_sizes}")
+        for name, p, shape in zip(names, params, saved.get("shapes", [p.shape for p in params]), strict=True):
+            if tuple(shape) != tuple(p.shape):
+                raise ValueError(f"state_dict: {name}: expected shape {tuple(p.shape)}, got {tuple(shape)}")
+        for number, group in enumerate(state_dict["param_groups"]):
+            _check_group({**self.param_groups[number], **group}, f"state_dict: param_groups[{number}]")
+        self._check_loadable_state(state_dict, params, names)
+
+    def _check_loadable_state(self, state_dict: dict[str, Any], params: list[Tensor], names: list[str]) -> None:
+        rule = rule_of(self.base_optimizer)
+        if rule.name == "none":
+            return
+        saved_groups = state_dict["param_groups"]
+        ids = [(group, saved_id) for group in saved_groups for saved_id in group["params"]]
+        for (group, saved_id), p, name in zip(ids, params, names, strict=True):
+            try:
+                rule.hyper(group)
+                wanted = rule.state(group)
+            except KeyError as missing:
+                base = type(self.base_optimizer).__name__
+                raise ValueError(
+                    f"state_dict: expected param_groups of {base} with {missing}, got {sorted(group)}"
+                ) from None
+            entry = state_dict["state"].get(saved_id) or {}
+            for key in wanted if entry else ():
+                shape = tuple(entry[key].shape) if isinstance(entry.get(key), Tensor) else None
+                if shape != tuple(p.shape) and not (key in entry and entry[key] is None):
+                    came = f"shape {shape}" if shape is not None else f"the entries {sorted(entry)}"
+                    raise ValueError(f"state_dict: {name}: expected {key!r} of shape {tuple(p.shape)}, got {came}")
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._require_closed("copying or pickling the optimizer")
+        kept = ("base_optimizer", "defaults", "k", "alpha", "alpha_scope", "reuse_gradient", "max_grad_norm", "backend")
+        return {name: self.__dict__[name] for name in kept}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__({**state, **TRANSIENT, "_completed": False})
+        keep_when_loading(self.base_optimizer)
+
+
+# ---- the order of evaluations ----------------------------------------------------------------------------------------
+
+
+def _plan(k: int, reuse_gradient: bool) -> Iterator[Evaluation]:
+    """The evaluations of one outer step. In the 2k form each inner step evaluates its gradient for the ascent again."""
+    if reuse_gradient:
+        yield Evaluation(0, 1, descends=False, ascends=True)
+        for i in range(1, k + 1):
+            yield Evaluation(i, i, descends=True, ascends=i < k)
+    else:
+        for i in range(1, k + 1):
+            yield Evaluation(2 * i - 2, i, descends=False, ascends=True)
+            yield Evaluation(2 * i - 1, i, descends=True, ascends=False)
+
+
+# ---- arguments -------------------------------------------------------------------------------------------------------
+
+
+def checked_settings(k: int, alpha: float | str, alpha_scope: str, max_grad_norm: float | None) -> Settings:
+    """``Settings``, once every one of them is acceptable.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came.
+    """
+    if not isinstance(k, int) or isinstance(k, bool):
+        raise TypeError(f"k: expected an int >= 1, got {k!r}")
+    if k < 1:
+        raise ValueError(f"k: expected an int >= 1, got {k!r}")
+    if alpha != "adaptive" and not (_is_number(alpha) and 0 < alpha <= 1):
+        raise _wrong("alpha", 'a number in (0, 1] or "adaptive"', alpha, (numbers.Real, str))
+    if alpha_scope not in ("global", "tensor"):
+        raise _wrong("alpha_scope", '"global" or "tensor"', alpha_scope, (str,))
+    if max_grad_norm is not None and not (_is_number(max_grad_norm) and 0 < max_grad_norm < math.inf):
+        raise _wrong("max_grad_norm", "None or a finite number > 0", max_grad_norm, (numbers.Real,))
+    return Settings(k, alpha, alpha_scope, max_grad_norm)
+
+
+def _check_group(group: dict[str, Any], where: str = "") -> None:
+    for name in ("rho", "eta"):
+        value = group[name]
+        if not (_is_number(value) and 0 <= value < math.inf):
+            raise _wrong(f"{where}[{name!r}]" if where else name, "a finite number >= 0", value, (numbers.Real,))
+    _check_bool(f"{where}['adaptive']" if where else "adaptive", group["adaptive"])
+
+
+def _check_bool(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: expected True or False, got {value!r}")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+def _wrong(name: str, expected: str, value: Any, types: tuple[type, ...]) -> Exception:
+    """The error for an unacceptable value: ValueError where its type could have been right, else TypeError."""
+    error = ValueError if isinstance(value, types) and not isinstance(value, bool) else TypeError
+    return error(f"{name}: expected {expected}, got {value!r}")
+
+
+def _build_base(params: ParamsT | None, base_optimizer: Any, base_kwargs: dict[str, Any]) -> Optimizer:
+    if isinstance(base_optimizer, Optimizer):
+        base = _given_base(params, base_optimizer, base_kwargs)
+    elif isinstance(base_optimizer, type) and issubclass(base_optimizer, Optimizer) and base_optimizer is not Optimizer:
+        if params is None:
+            raise TypeError("params: expected parameters for the class base_optimizer, got None")
+        base = base_optimizer(params, **base_kwargs)
+    else:
+        raise TypeError(f"base_optimizer: expected a torch optimizer class or instance, got {base_optimizer!r}")
+    name = type(base).__name__
+    closure = inspect.signature(type(base).step).parameters.get("closure")
+    if isinstance(base, Lookbehind) or (closure is not None and closure.default is inspect.Parameter.empty):
+        raise ValueError(f"base_optimizer: expected one whose step() needs no closure, got {name}")
+    if any(group.get("differentiable") for group in base.param_groups):
+        raise ValueError(f"base_optimizer: expected differentiable=False, got {name} with differentiable=True")
+    return base
+
+
+def _given_base(params: ParamsT | None, base: Optimizer, base_kwargs: dict[str, Any]) -> Optimizer:
+    if base_kwargs:
+        raise TypeError(
+            f"{', '.join(base_kwargs)}: expected only with a class as base_optimizer, got an instance of "
+            f"{type(base).__name__}"
+        )
+    if params is not None:
+        given = [p for group in Optimizer(params, {}).param_groups for p in group["params"]]
+        held = [p for group in base.param_groups for p in group["params"]]
+        if [id(p) for p in given] != [id(p) for p in held]:
+            raise ValueError(
+                f"params: expected None or the {len(held)} parameters of the given base_optimizer, got {len(given)} "
+                "others"
+            )
+    return base
+
+
+def _params_and_names(groups: list[dict[str, Any]]) -> tuple[list[Tensor], list[str]]:
+    params, names = [], []
+    for group in groups:
+        known = group.get("param_names") or [None] * len(group["params"])
+        for p, name in zip(group["params"], known, strict=True):
+            names.append(name_of(len(params), name, p))
+            params.append(p)
+    return params, names

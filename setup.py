@@ -1,0 +1,5 @@
+"""Build script; everything about the package that needs no code is in pyproject.toml."""
+
+from setuptools import setup
+
+setup()
