@@ -1,0 +1,229 @@
+"""The main job: SGD, SAM and Lookbehind train the same network on the same images for the same number of steps.
+
+`python -m benchmarks.train --help` explains the options.
+"""
+
+import argparse
+import platform
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from tqdm import tqdm
+
+from benchmarks import checkpoint as checkpoints
+from benchmarks import options, results
+from benchmarks.checkpoint import Checkpoint, Record
+from benchmarks.files import UserError, replacing
+from benchmarks.job import Job, first_line
+
+RUNS = Path("runs")
+PICTURE = "curves.png"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the job and returns the exit code: 0, 2 after a mistake of the caller, 130 after Ctrl-C."""
+    try:
+        train(*options.parse(argv))
+    except UserError as error:
+        say(f"benchmarks.train: {error}")
+        return 2
+    except OSError as error:
+        say(f"benchmarks.train: {error.filename or 'a file'}: {error.strerror or error}")
+        return 2
+    except KeyboardInterrupt:
+        say("interrupted; --resume goes on from the last checkpoint")
+        return 130
+    return 0
+
+
+def train(chosen: argparse.Namespace, given: frozenset[str]) -> None:
+    """One run, new or resumed. Whatever is wrong with it is found before anything is written."""
+    if chosen.resume:
+        folder = chosen.output or newest_run()
+        checkpoint = checkpoints.load(folder)
+        adopt_settings(chosen, given, checkpoint, folder)
+        job = Job(chosen)
+        check_fit(job, checkpoint, folder)
+    else:
+        if chosen.output is not None:
+            refuse_to_overwrite(chosen.output)
+        job = Job(chosen)
+        records = {method: Record(job.steps_per_epoch) for method in chosen.method}
+        checkpoint = Checkpoint(options.settings(chosen), environment(), job.fingerprint, records)
+        folder = chosen.output or new_run(chosen.data)
+        folder.mkdir(parents=True, exist_ok=True)
+        checkpoints.save(folder, checkpoint)
+
+    say(job.describe())
+    for method, record in checkpoint.records.items():
+        if record.step < job.total_steps:
+            run_method(method, job, checkpoint, folder)
+            results.write(folder, checkpoint)
+    results.write(folder, checkpoint)  # once more for a run that was killed on its last lines
+
+    from benchmarks import plots  # takes a second, and a mistake should not have to wait for it
+
+    plots.draw(folder / PICTURE, checkpoint)
+    print(results.format_table(results.summarize(checkpoint)), flush=True)
+    say(f"everything is in {folder}, the curves in {folder / PICTURE}")
+
+
+def run_method(method: str, job: Job, checkpoint: Checkpoint, folder: Path) -> None:
+    """Trains with one method, from its beginning or from where the checkpoint stands, and saves as it goes."""
+    record = checkpoint.records[method]
+    job.reset()
+    optimizer, scheduler = job.make_optimizer(method)
+    if record.step:
+        restore(job, optimizer, scheduler, checkpoint.current)
+    every = job.options.checkpoint_every or job.total_steps
+    with tqdm(
+        total=job.total_steps, initial=record.step, desc=f"{method:19}", unit=" step", disable=None, leave=False
+    ) as bar:
+        while record.step < job.total_steps:
+            # up to the next end of an epoch or the next checkpoint, whichever comes first
+            stop = record.step + min(interval - record.step % interval for interval in (job.steps_per_epoch, every))
+            run_steps(job, optimizer, scheduler, record, min(stop, job.total_steps), bar)
+            if record.step % job.steps_per_epoch == 0:
+                record.accuracy.append(job.test_accuracy())
+                bar.set_postfix_str(f"loss {record.loss[-1]:.3g}, test accuracy {record.accuracy[-1]:.1%}")
+            if record.step < job.total_steps:
+                checkpoint.current = snapshot(method, job, optimizer, scheduler)
+            else:  # first the weights: after the checkpoint says that the method is done, nothing would write them
+                checkpoint.current = None
+                with replacing(folder / f"weights-{method}.pt") as file:
+                    torch.save(job.model.state_dict(), file)
+            checkpoints.save(folder, checkpoint)
+    say(f"{method}: {record.accuracy[-1]:.1%} of the test images after {record.step:,} steps, {record.seconds:.1f} s")
+
+
+def run_steps(
+    job: Job, optimizer: Optimizer, scheduler: LRScheduler, record: Record, stop: int, bar: "tqdm[Any]"
+) -> None:
+    """Outer steps until `record.step` is `stop`, inside one epoch. Nothing here waits for the device until the end."""
+    batches = job.batches(record.step // job.steps_per_epoch)
+    losses: list[Tensor] = []
+    alphas: list[Tensor] = []
+    start = time.perf_counter()
+    while record.step < stop:
+        batch = batches[record.step % job.steps_per_epoch]
+
+        def closure(batch: Tensor = batch) -> Tensor:
+            optimizer.zero_grad()
+            loss = job.loss(batch)
+            loss.backward()
+            record.evaluations += 1
+            return loss
+
+        losses.append(optimizer.step(closure).detach())
+        scheduler.step()
+        if diagnostics := getattr(optimizer, "diagnostics", None):
+            alphas.append(diagnostics["alpha"].float().mean())
+        record.step += 1
+        bar.update()
+    job.synchronize()
+    record.seconds += time.perf_counter() - start
+    record.loss += torch.stack(losses).tolist()
+    if alphas:
+        record.alpha += torch.stack(alphas).tolist()
+
+
+def snapshot(method: str, job: Job, optimizer: Optimizer, scheduler: LRScheduler) -> dict[str, Any]:
+    """The method under way, between two steps."""
+    return {
+        "method": method,
+        "model": job.model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "scheduler": scheduler.state_dict(),
+        "random": checkpoints.random_state(job.device),
+    }
+
+
+def restore(job: Job, optimizer: Optimizer, scheduler: LRScheduler, current: dict[str, Any]) -> None:
+    """Puts a snapshot back, bit for bit."""
+    job.model.load_state_dict(current["model"])
+    optimizer.load_state_dict(current["optimizer"])
+    scheduler.load_state_dict(current["scheduler"])
+    checkpoints.set_random_state(current["random"], job.device)
+
+
+def adopt_settings(chosen: argparse.Namespace, given: frozenset[str], checkpoint: Checkpoint, folder: Path) -> None:
+    """Takes every option from the checkpoint. Those given on the command line have to agree with it."""
+    path = folder / checkpoints.NAME
+    if checkpoint.settings.keys() != options.settings(chosen).keys():
+        raise UserError(f"{path}: written by another version of this program")
+    for name, value in checkpoint.settings.items():
+        if name not in given:
+            setattr(chosen, name, value)
+        elif name not in options.FREE_ON_RESUME and getattr(chosen, name) != value:
+            was, wanted = options.as_flag(name, value), options.as_flag(name, getattr(chosen, name))
+            raise UserError(f"{path}: this run has {was}, not {wanted}; leave it out or name another --output")
+    chosen.threads = chosen.threads or checkpoint.environment["threads"]
+
+
+def check_fit(job: Job, checkpoint: Checkpoint, folder: Path) -> None:
+    """UserError unless the checkpoint belongs to this data, this network and these optimizers."""
+    path = folder / checkpoints.NAME
+    if checkpoint.data != job.fingerprint:
+        raise UserError(f"{path}: this run was trained on other data than there is now")
+    under_way = [method for method, record in checkpoint.records.items() if 0 < record.step < job.total_steps]
+    if under_way != ([checkpoint.current["method"]] if checkpoint.current else []):
+        raise UserError(f"{path}: does not say how to go on")
+    if checkpoint.current is not None:
+        job.reset()
+        try:
+            restore(job, *job.make_optimizer(checkpoint.current["method"]), checkpoint.current)
+        except (RuntimeError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path}: of another model or optimizer: {first_line(error)}") from error
+    for name, now in environment().items():
+        if (then := checkpoint.environment.get(name)) != now:
+            say(f"note: {name} was {then} and is {now}: the result may differ in its last bits")
+
+
+def environment() -> dict[str, Any]:
+    """What the last bits of a result may depend on, beside the settings."""
+    return {"torch": str(torch.__version__), "python": platform.python_version(), "threads": torch.get_num_threads()}
+
+
+def newest_run() -> Path:
+    """The folder in runs/ whose checkpoint was written last."""
+    found = sorted(RUNS.glob(f"*/{checkpoints.NAME}"), key=lambda path: path.stat().st_mtime)
+    if not found:
+        raise UserError(f"--resume: there is no run in {RUNS}/; name its folder with --output")
+    return found[-1].parent
+
+
+def new_run(name: str) -> Path:
+    """Makes the first folder of runs/NAME-001, -002, ... that is not there yet."""
+    for number in range(1, 1_000_000):
+        folder = RUNS / f"{name}-{number:03}"
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        return folder
+    raise UserError(f"{RUNS}/ is full; name a folder with --output")
+
+
+def refuse_to_overwrite(folder: Path) -> None:
+    """UserError if `folder` has a run in it, finished or not."""
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--output {folder}: not a folder")
+    ours = (checkpoints.NAME, results.HISTORY, results.SUMMARY, results.RESULTS, PICTURE, "weights-*.pt")
+    if any(found for name in ours for found in folder.glob(name)):
+        raise UserError(f"--output {folder}: holds a run already; continue it with --resume, or name another folder")
+
+
+def say(line: str) -> None:
+    """Progress and mistakes go to stderr; stdout is for the table."""
+    print(line, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
