@@ -10,10 +10,12 @@ PY     := $(VENV)/bin/python
 PIP    := $(PY) -m pip --disable-pip-version-check
 READY  := $(VENV)/.ready
 CODE   := setup.py lookbehind_fused benchmarks tests
+CPP    := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.inc)
+CXX    ?= g++
 
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
-.PHONY: help setup train test check format clean
+.PHONY: help setup train test bench sanitize dist-check check format clean
 
 # An interpreter that was asked for by name must be the one in .venv; otherwise any that .venv has will do.
 VERSION := import sys; print("%d.%d" % sys.version_info[:2])
@@ -28,7 +30,7 @@ endif
 
 help:  ## list the verbs
 	@echo "make VERB [ARGS=\"...\"] [PYTHON=python3.12]"
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 12
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
 
 setup: $(READY)  ## make .venv and install everything into it (the second time there is nothing to do)
 	@echo "$(VENV) is ready"
@@ -39,16 +41,35 @@ train test: export OMP_WAIT_POLICY ?= PASSIVE
 train: $(READY)  ## run the main job; ARGS="--help" lists its options
 	@$(PY) -m benchmarks.train $(ARGS)
 
-test: $(READY)  ## run the tests; ARGS are pytest's
-	@$(PY) -m pytest $(ARGS)
+test: $(READY)  ## run the tests on all cores; ARGS are pytest's
+	@$(PY) -m pytest -n auto $(ARGS)
+
+bench: $(READY)  ## measure against the reference loops and print the bounds; ARGS="--help" lists its options
+	@$(PY) -m benchmarks.bench $(ARGS)
+
+# -O1: what the optimizer removes, no sanitizer sees. The thread sanitizer excludes the other two.
+sanitize:  ## run the C++ kernels under the address, undefined-behaviour and thread sanitizers; needs no torch
+	@mkdir -p build/sanitize
+	@for kind in address,undefined thread; do \
+		echo "-fsanitize=$$kind"; \
+		$(CXX) -std=c++17 -O1 -g -fno-math-errno -ffp-contract=off -Wall -Wextra -Werror -Wno-unknown-pragmas \
+			-fno-omit-frame-pointer -fsanitize=$$kind -fno-sanitize-recover=all \
+			csrc/sanitize/main.cpp csrc/cpu/*.cpp -o build/sanitize/$$kind -pthread && \
+			TSAN_OPTIONS=halt_on_error=1 build/sanitize/$$kind || exit 1; \
+	done
+
+dist-check: $(READY)  ## build a source archive, install it into new environments with and without a compiler
+	@$(PY) -m tests.dist_check
 
 check: $(READY)  ## lint and check the format, changing nothing
 	@$(PY) -m ruff check --quiet $(CODE)
 	@$(PY) -m ruff format --check --quiet $(CODE) || { echo "run 'make format'" >&2; exit 1; }
+	@$(VENV)/bin/clang-format --dry-run -Werror $(CPP) || { echo "run 'make format'" >&2; exit 1; }
 
 format: $(READY)  ## sort imports, apply safe fixes, format
 	@$(PY) -m ruff check --fix --quiet $(CODE)
 	@$(PY) -m ruff format --quiet $(CODE)
+	@$(VENV)/bin/clang-format -i $(CPP)
 
 clean:  ## remove .venv, build outputs and caches; keeps runs/
 	@rm -rf $(VENV) build dist *.egg-info .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
@@ -56,7 +77,7 @@ clean:  ## remove .venv, build outputs and caches; keeps runs/
 
 # The stamp goes before anything changes and comes back last: whatever interrupts this, the next call finds no stamp and
 # starts from nothing. torch is installed first and pinned, so that nothing after it can choose another build.
-$(READY): constraints.txt pyproject.toml setup.py
+$(READY): constraints.txt pyproject.toml setup.py $(wildcard csrc/*.* csrc/cpu/*)
 	@[ "$(or $(WANTED),$(STATE))" = "$(or $(STATE),none)" ] && $(PIP) --version >/dev/null 2>&1 || { \
 		$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || { \
 			echo "make: $(PYTHON) is missing or older than Python 3.10: name another with PYTHON=..." >&2; exit 1; }; \

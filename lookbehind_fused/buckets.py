@@ -10,23 +10,21 @@ it, and only the last pass of the outer step writes the state itself. So a step 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from .arguments import Settings, check_group, describe, layout
 from .base import Rule
 from .kernels import Flag, reference
 
 ALIGNMENT = 64  # bytes
 STEP_BUFFERS = ("slow", "fast", "first", "perturbed")
-DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -38,36 +36,34 @@ class Evaluation:
         inner_step: 1 to k: the inner step whose minibatch is to be used, where the minibatch is switched.
         descends: the base optimizer uses this gradient.
         ascends: the next ascent uses this gradient.
+        perturbed: whether the model's weights are perturbed; at evaluation 0 they are the slow weights.
+        first, second, last: whether the inner step is number 1, 2, k (as booleans: an int that takes several values in
+            compiled code becomes a symbol there).
     """
 
     index: int
     inner_step: int
     descends: bool
     ascends: bool
-
-    @property
-    def perturbed(self) -> bool:
-        """Whether the model's weights are perturbed; at evaluation 0 they are the slow weights."""
-        return self.index > 0
+    perturbed: bool
+    first: bool
+    second: bool
+    last: bool
 
 
 @dataclass(frozen=True)
-class Settings:
-    """What one outer step is run with; the arguments of ``Lookbehind``."""
+class Gathered:
+    """The gradients of one evaluation in one bucket.
 
-    k: int
-    alpha: float | str
-    alpha_scope: str
-    max_grad_norm: float | None
+    Attributes:
+        rows: which of the bucket's tensors have one, in order.
+        grads: theirs.
+        carried: the rows that had one earlier in the step, but not now.
+    """
 
-    @property
-    def aligns(self) -> bool:
-        """Whether alpha is found from fast_1 and fast_k. With k = 1 they are the same, so alpha* = 1."""
-        return self.alpha == "adaptive" and self.k > 1
-
-    @property
-    def static_alpha(self) -> float:
-        return 1.0 if isinstance(self.alpha, str) else float(self.alpha)
+    rows: Sequence[int]
+    grads: Sequence[Tensor]
+    carried: Sequence[int] = ()
 
 
 class Scalars:
@@ -83,6 +79,9 @@ class Scalars:
         shape = (evaluations, len(buckets), 2)
         self.sq_norms = {d: torch.zeros(shape, dtype=torch.float64, device=d) for d in set(self.devices)}
         self.sums = {d: torch.zeros(shape[1], 3, dtype=torch.float64, device=d) for d in set(self.devices)}
+        # A single bucket has its sums of squares added up by the pass that ascends with them.
+        self.alone = len(buckets) == 1
+        self.row_to_fill = 0 if self.alone else -1
 
     def share_sq_norms(self, index: int) -> None:
         """Give every device every bucket's sums of squares at evaluation ``index``."""
@@ -107,6 +106,7 @@ class Bucket:
         indices: each tensor's index in the optimizer, in the order of its groups.
         names: each tensor's name for messages.
         params: the tensors.
+        group_name: what the group is called in messages.
         group: their parameter group; read again at the start of every outer step.
         base: the optimizer in whose ``state`` the buffers of ``rule`` are published.
         rule: how the kernels update the fast weights.
@@ -119,26 +119,31 @@ class Bucket:
         indices: list[int],
         names: list[str],
         params: list[Tensor],
+        group_name: str,
         group: dict[str, Any],
         base: Optimizer,
         rule: Rule,
         kernels: ModuleType,
     ) -> None:
         self.number, self.indices, self.names, self.params = number, indices, names, params
-        self.group, self.base, self.rule, self.kernels = group, base, rule, kernels
+        self.group_name, self.group, self.base, self.rule, self.kernels = group_name, group, base, rule, kernels
         self.device, self.dtype = params[0].device, params[0].dtype
         self.low_precision = self.dtype in (torch.bfloat16, torch.float16)
         self.buffer_dtype = torch.float32 if self.low_precision else self.dtype
-        self.layouts = [_layout(p) for p in params]
+        self.layouts = [layout(p) for p in params]
+        self.all_rows = range(len(params))
+        self.everyone = frozenset(self.all_rows)
         self.table, self.size = self._make_table()
         self.buffers: dict[str, Tensor] = {}
         self.steps = torch.zeros(len(params))
         self.working_steps = torch.zeros(len(params))
         self.sums = torch.zeros(len(params), 3, dtype=torch.float64, device=self.device)
         self.hyper = torch.zeros(4 + len(rule.hyper(group)), dtype=torch.float64)
-        self.hyper_values: tuple = ()
+        self.group_values: tuple = ()
+        self.settings: Settings | None = None
+        self.state_names: tuple[str, ...] = ()
         self.entries: list[dict[str, Tensor]] = [{} for _ in params]  # ours in base.state[p], by name
-        self.untouched = [True] * len(params)  # the tensor's base state is all zeros and not published
+        self.untouched = set(self.everyone)  # rows whose base state is all zeros and not published
         self.stand_ins: list[Tensor] = []  # views of ``fast`` for a base optimizer without a rule
 
     def _make_table(self) -> tuple[Tensor, int]:
@@ -164,40 +169,49 @@ class Bucket:
         for row, (index, before) in enumerate(zip(self.indices, self.layouts, strict=True)):
             if index >= len(tensors):
                 return False
-            now = _layout(tensors[index])
+            now = layout(tensors[index])
             same = same and tensors[index] is self.params[row]
             if now != before:
                 if now[:3] != before[:3]:
                     raise RuntimeError(
-                        f"{self.names[row]} was replaced between two steps: expected {_describe(*before[:3])}, got "
-                        f"{_describe(*now[:3])}; build a new optimizer for the changed model"
+                        f"{self.names[row]} was replaced between two steps: expected {describe(*before[:3])}, got "
+                        f"{describe(*now[:3])}; build a new optimizer for the changed model"
                     )
                 same = False
         return same
 
-    def open(self, settings: Settings) -> None:
-        """Begin an outer step: take over the base's state and the group's settings as they are now. Weights are only
-        read.
+    def open(self, settings: Settings, state_changed: bool, moved: bool) -> None:
+        """Begin an outer step: take over the base's state and the group's settings as they are now.
+
+        Args:
+            settings: those of the step.
+            state_changed: whether tensors of ``base.state`` may be others than at the last step.
+            moved: whether parameters may be at other addresses than at the last step.
 
         Raises:
             ValueError: the group's rho, adaptive or eta is not acceptable, or a tensor in ``base.state[p]`` has not the
                 parameter's shape.
         """
+        self._read_group(settings)
+        names = self.rule.state(self.group)
+        if state_changed or names != self.state_names:
+            self._adopt_state(names)
+            self._allocate(settings)
+        elif settings != self.settings:
+            self._allocate(settings)
         self.settings = settings
-        self._read_group()
-        self._adopt_state()
-        self._allocate()
-        self.addresses = [p.data_ptr() for p in self.params]
-        self.joined: set[int] = set()  # rows that had a gradient in this step
-        self.updated: set[int] = set()  # rows that the base optimizer has updated in this step
+        if moved:
+            self.addresses = [p.data_ptr() for p in self.params]
+        self.joined: set[int] | frozenset[int] = set()  # rows that had a gradient in this step
+        self.updated: set[int] | frozenset[int] = set()  # rows that the base optimizer has updated in this step
 
-    def _allocate(self) -> None:
+    def _allocate(self, settings: Settings) -> None:
         """Have exactly the buffers that a step with these settings needs."""
-        k, own_step = self.settings.k, self.rule.name == "none"
+        k, own_step = settings.k, self.rule.name == "none"
         needed = {"slow"}
         if k > 1 or own_step:
             needed.add("fast")
-        if self.settings.aligns and (k > 2 or own_step):  # for k = 2 a rule leaves fast_1 in ``fast``
+        if settings.aligns and (k > 2 or own_step):  # for k = 2 a rule leaves fast_1 in ``fast``
             needed.add("first")
         if self.low_precision:
             needed.add("perturbed")
@@ -211,43 +225,50 @@ class Bucket:
             if name == "fast" and own_step:
                 self.stand_ins = [self.view("fast", row) for row in range(len(self.params))]
 
-    def _read_group(self) -> None:
-        settings, group = self.settings, self.group
+    def _read_group(self, settings: Settings) -> None:
+        """Bring ``hyper`` and ``flags`` up to date."""
+        group = self.group
+        values = (
+            *(group["rho"], group["eta"], settings.static_alpha, settings.max_grad_norm, *self.rule.hyper(group)),
+            *(group["adaptive"], settings.alpha_scope, self.rule.flags(group)),
+        )
+        if values == self.group_values:
+            return
+        check_group(group, self.group_name)
         clip = float("inf") if settings.max_grad_norm is None else settings.max_grad_norm
-        values = (group["rho"], group["eta"], settings.static_alpha, clip, *self.rule.hyper(group))
-        if values != self.hyper_values:
-            self.hyper.copy_(torch.tensor([float(value) for value in values], dtype=torch.float64))
-            self.hyper_values = values if not any(isinstance(value, Tensor) for value in values) else ()
+        hyper = (group["rho"], group["eta"], settings.static_alpha, clip, *self.rule.hyper(group))
+        self.hyper.copy_(torch.tensor([float(value) for value in hyper], dtype=torch.float64))
         per_tensor = Flag.PER_TENSOR * (settings.alpha_scope == "tensor")
         self.flags = int(self.rule.flags(group) + Flag.ADAPTIVE * group["adaptive"] + per_tensor)
+        self.group_values = () if any(isinstance(value, Tensor) for value in hyper) else values  # they change in place
 
-    def _adopt_state(self) -> None:
+    def _adopt_state(self, names: tuple[str, ...]) -> None:
         """Make the buffers what ``base.state`` says: copy in what was loaded or replaced, clear what was removed."""
-        self.state_names = self.rule.state(self.group)
-        for name in self.state_names:
+        self.state_names = names
+        for name in names:
             if name not in self.buffers:
                 self.buffers[name] = torch.zeros(self.size, dtype=self.buffer_dtype, device=self.device)
-        if not self.state_names:
+        if not names:
             return
-        if self.entries[0].keys() != {*self.state_names, *(("step",) if self.rule.counted else ())}:
-            for row, entry in enumerate(self.entries):
-                if self.rule.counted:
-                    entry.setdefault("step", self.steps[row])
-                for name in self.state_names:
-                    entry.setdefault(name, self.view(name, row))
+        for row, entry in enumerate(self.entries):
+            if self.rule.counted:
+                entry.setdefault("step", self.steps[row])
+            for name in names:
+                if name not in entry:
+                    entry[name] = self.view(name, row)
         for row, (p, mine) in enumerate(zip(self.params, self.entries, strict=True)):
             published = self.base.state.get(p)
-            if not published or published.get(self.state_names[0]) is None:
-                if not self.untouched[row]:
-                    self._clear_state(row)
+            if not published or published.get(names[0]) is None:
+                self._clear_state(row)
             elif any(published.get(name) is not view for name, view in mine.items()):
                 self._copy_state(row, published)
 
     def _clear_state(self, row: int) -> None:
-        for view in self.entries[row].values():
-            view.zero_()
-        self.steps[row] = 0
-        self.untouched[row] = True
+        self.steps[row] = 0  # may have counted updates while there was no state
+        if row not in self.untouched:
+            for view in self.entries[row].values():
+                view.zero_()
+            self.untouched.add(row)
 
     def _copy_state(self, row: int, published: dict[str, Any]) -> None:
         for name, view in self.entries[row].items():
@@ -268,63 +289,80 @@ class Bucket:
 
     def _publish(self, row: int) -> None:
         self.base.state[self.params[row]].update(self.entries[row])
-        self.untouched[row] = False
+        self.untouched.discard(row)
 
     def close(self) -> None:
         """The outer step is complete: the base's state of newly updated tensors becomes visible in ``base.state``."""
         if self.state_names:
-            for row in self.updated:
-                if self.untouched[row]:
-                    self._publish(row)
+            for row in self.updated & self.untouched:
+                self._publish(row)
+
+    @torch.no_grad()
+    def keep_slow(self) -> None:
+        """Keep all slow weights before evaluation 0, where it is not known when they will be perturbed."""
+        torch._foreach_copy_([self.view("slow", row) for row in self.all_rows], self.params)
+        self.joined = self.everyone
 
     def restore(self) -> None:
         """Abandon the outer step: every tensor that took part gets its slow weights back, wherever it is now."""
         for row in self.joined:
             self.params[row].detach().copy_(self.view("slow", row))
 
-    def release(self) -> None:
-        """Let go of the gradients of the last evaluation."""
-        self.rows, self.grads = [], []
-
     # ---- gradients ----
 
-    def collect(self, evaluation: Evaluation) -> int:
-        """Gather the gradients of one evaluation and return how many tensors have one.
+    def collect(self, evaluation: Evaluation) -> Gathered:
+        """The gradients of an evaluation. Tensors that have their first of the step now are made to take part.
 
         Raises:
-            RuntimeError: a parameter was moved since the step began, or a gradient is sparse or of another dtype.
+            RuntimeError: a parameter was moved since the step began.
         """
-        rows, grads = [], []
-        for row, p in enumerate(self.params):
-            grad = p.grad
-            if p.data_ptr() != self.addresses[row]:
-                raise RuntimeError(
-                    f"{self.names[row]} was moved inside an open step: expected {_describe(*self.layouts[row][:3])} in "
-                    f"its place, got {_describe(*_layout(p)[:3])} at another address; move the model between two steps"
-                )
-            if grad is not None:
-                grads.append(self._checked_gradient(row, p, grad))
-                rows.append(row)
-        self.rows, self.grads = rows, grads
-        if evaluation.index == 0:
-            self.joined = set()
-        else:
-            for row in set(rows) - self.joined:
+        if [p.data_ptr() for p in self.params] != self.addresses:
+            self._report_moved()
+        gathered = self.gather()
+        rows = self.everyone if len(gathered.rows) == len(self.params) else set(gathered.rows)
+        if evaluation.index > 0 and not rows <= self.joined:
+            for row in rows - self.joined:
                 self._join(row)
-        if evaluation.descends:
-            self.updated.update(rows)
-        return len(rows)
+        carried = () if rows is self.everyone else sorted(self.joined - rows)
+        return Gathered(gathered.rows, gathered.grads, carried) if carried else gathered
 
-    def _checked_gradient(self, row: int, p: Tensor, grad: Tensor) -> Tensor:
-        if grad.layout != torch.strided or grad.dtype != p.dtype:
-            raise RuntimeError(
-                f"the gradient of {self.names[row]}: expected a dense tensor of {p.dtype}, got {grad.layout} of "
-                f"{grad.dtype}"
-            )
-        grad = grad.detach()
-        if grad.stride() == p.stride() or _memory_order(grad) == _memory_order(p):
-            return grad
-        return torch.empty_strided(p.shape, p.stride(), dtype=grad.dtype, device=grad.device).copy_(grad)
+    def gather(self) -> Gathered:
+        """The gradients that are there now. Only reads, so that it can be compiled."""
+        grads = [p.grad for p in self.params]
+        present = [grad for grad in grads if grad is not None]
+        if len(present) == len(grads):
+            return Gathered(self.all_rows, present)
+        return Gathered([row for row, grad in enumerate(grads) if grad is not None], present)
+
+    def record(self, evaluation: Evaluation, gathered: Gathered) -> None:
+        """Note which tensors an evaluation has moved, once its passes are done."""
+        rows = self.everyone if len(gathered.rows) == len(self.params) else set(gathered.rows)
+        if evaluation.index == 0:
+            self.joined = rows
+        if evaluation.descends:
+            self.updated = self.updated | rows if self.updated else rows
+
+    def _report_moved(self) -> None:
+        for row, (p, address) in enumerate(zip(self.params, self.addresses, strict=True)):
+            if p.data_ptr() != address:
+                raise RuntimeError(
+                    f"{self.names[row]} was moved inside an open step: expected {describe(*self.layouts[row][:3])} in "
+                    f"its place, got {describe(*layout(p)[:3])} at another address; move the model between two steps"
+                )
+
+    def explain(self, gathered: Gathered) -> None:
+        """After a pass has refused its arguments: name the gradient that is the cause, if one is.
+
+        Raises:
+            RuntimeError: a gradient is sparse or of another dtype.
+        """
+        for row, grad in zip(gathered.rows, gathered.grads, strict=True):
+            p = self.params[row]
+            if grad.layout != torch.strided or grad.dtype != p.dtype:
+                raise RuntimeError(
+                    f"the gradient of {self.names[row]}: expected a dense tensor of {p.dtype}, got {grad.layout} of "
+                    f"{grad.dtype}"
+                )
 
     def _join(self, row: int) -> None:
         """A tensor whose first gradient of the step comes after evaluation 0 is still at its slow weights."""
@@ -335,77 +373,83 @@ class Bucket:
             for name in self.state_names:
                 self.view(working(name), row).copy_(self.view(name, row))
             self.working_steps[row] = self.steps[row]
-        self.joined.add(row)
+        self.joined = self.joined | {row}
 
     # ---- passes ----
 
-    def reduce_sq_norm(self, evaluation: Evaluation, scalars: Scalars) -> None:
+    def reduce_sq_norm(self, evaluation: Evaluation, scalars: Scalars, gathered: Gathered) -> None:
         """This bucket's sums of squares of the gradient, into its row of ``scalars``."""
-        sq_norm = scalars.sq_norms[self.device][evaluation.index, self.number]
-        if not self.rows:
-            sq_norm.zero_()
+        sq_norms = scalars.sq_norms[self.device][evaluation.index]
+        if not gathered.rows:
+            sq_norms[self.number].zero_()
             return
         self.kernels.reduce_sq_norm(
-            params=self._params(self.rows),
-            grads=self.grads,
+            params=self._params(gathered.rows),
+            grads=gathered.grads,
             perturbed=self.buffers.get("perturbed") if evaluation.perturbed else None,
-            table=self._table(self.rows),
+            table=self._table(gathered.rows),
             hyper=self.hyper,
             flags=self.flags,
-            sq_norm=sq_norm,
+            sq_norms=sq_norms,
+            row=self.number,
         )
 
-    def ascend(self, evaluation: Evaluation, scalars: Scalars) -> None:
+    def ascend(self, evaluation: Evaluation, scalars: Scalars, gathered: Gathered) -> None:
         """Move the perturbed weights; the first ascent of a step keeps the slow weights first."""
-        if self.rows:
+        if gathered.rows:
             self.kernels.ascend(
-                params=self._params(self.rows),
-                grads=self.grads,
+                params=self._params(gathered.rows),
+                grads=gathered.grads,
                 perturbed=self.buffers.get("perturbed"),
                 slow=None if evaluation.perturbed else self.buffers["slow"],
-                table=self._table(self.rows),
+                table=self._table(gathered.rows),
                 sq_norms=scalars.sq_norms[self.device][evaluation.index],
+                row=scalars.row_to_fill,
                 hyper=self.hyper,
                 flags=self.flags,
             )
-        if not evaluation.perturbed:
-            self.joined = set(self.rows)
 
-    def descend(self, evaluation: Evaluation, scalars: Scalars) -> None:
+    def descend(self, evaluation: Evaluation, scalars: Scalars, gathered: Gathered) -> None:
         """Move the fast weights (the 2k form; with the gradient reused see ``descend_ascend``)."""
         if self.rule.name == "none":
             return
-        for kernels, _, grads, table in self._parts():
-            kernels.descend(grads=grads, **self._fast(evaluation), **self._descent(evaluation, scalars, table))
+        for kernels, params, grads, table in self._parts(gathered):
+            descent = self._descent(evaluation, scalars, table)
+            kernels.descend(params=params, grads=grads, **self._fast(evaluation), **descent)
 
-    def descend_ascend(self, evaluation: Evaluation, scalars: Scalars) -> None:
+    def descend_ascend(self, evaluation: Evaluation, scalars: Scalars, gathered: Gathered) -> None:
         """Move the fast weights, then the perturbed ones with the same gradient."""
         if self.rule.name == "none":
-            self.ascend(evaluation, scalars)
+            self.ascend(evaluation, scalars, gathered)
             return
-        for kernels, params, grads, table in self._parts():
+        for kernels, params, grads, table in self._parts(gathered):
             descent = self._descent(evaluation, scalars, table)
-            descent["sq_norms"] = scalars.sq_norms[self.device][evaluation.index]
-            perturbed = self.buffers.get("perturbed")
-            kernels.descend_ascend(params=params, grads=grads, perturbed=perturbed, **self._fast(evaluation), **descent)
+            kernels.descend_ascend(
+                params=params,
+                grads=grads,
+                perturbed=self.buffers.get("perturbed"),
+                **self._fast(evaluation),
+                **{**descent, "sq_norms": scalars.sq_norms[self.device][evaluation.index]},
+                row=scalars.row_to_fill if grads is gathered.grads else -1,
+            )
 
-    def descend_interpolate(self, evaluation: Evaluation, scalars: Scalars) -> None:
+    def descend_interpolate(self, evaluation: Evaluation, scalars: Scalars, gathered: Gathered) -> None:
         """The last descent, and the new weights between slow and fast with a static alpha."""
         slow, fast = self.buffers["slow"], self.buffers[self._fast_names(evaluation)[0]]
-        for kernels, params, grads, table in self._parts():
+        for kernels, params, grads, table in self._parts(gathered):
             descent = self._descent(evaluation, scalars, table)
             kernels.descend_interpolate(params=params, grads=grads, slow=slow, fast=fast, **descent)
 
-    def descend_align(self, evaluation: Evaluation, scalars: Scalars) -> None:
+    def descend_align(self, evaluation: Evaluation, scalars: Scalars, gathered: Gathered) -> None:
         """The last descent, and the sums that alpha* is made of: this row of ``scalars``, or a row a tensor."""
         target = scalars.sums[self.device][self.number : self.number + 1]
         if self.flags & Flag.PER_TENSOR:
             target = self.sums
-            if len(self.rows) < len(self.params):
+            if len(gathered.rows) < len(self.params):
                 target.fill_(float("nan"))  # tensors that take no part have no alpha
-        elif not self.joined:
+        elif not gathered.rows and not gathered.carried:
             target.zero_()
-        for number, (kernels, params, grads, table) in enumerate(self._parts()):
+        for number, (kernels, params, grads, table) in enumerate(self._parts(gathered)):
             adds_up = number > 0 and not self.flags & Flag.PER_TENSOR
             sums = torch.empty_like(target) if adds_up else target
             kernels.descend_align(
@@ -421,9 +465,9 @@ class Bucket:
             if adds_up:
                 target.add_(sums)
 
-    def interpolate(self, scalars: Scalars) -> None:
+    def interpolate(self, scalars: Scalars, gathered: Gathered) -> None:
         """The new weights between slow and fast with alpha*."""
-        rows = sorted(self.joined)
+        rows = gathered.rows if not gathered.carried else sorted((*gathered.rows, *gathered.carried))
         if rows:
             self.kernels.interpolate(
                 params=self._params(rows),
@@ -436,24 +480,24 @@ class Bucket:
 
     # ---- a base optimizer without a rule ----
 
-    def stage(self, evaluation: Evaluation, scalars: Scalars) -> list[tuple[Tensor, Tensor]]:
+    def stage(self, evaluation: Evaluation, scalars: Scalars, gathered: Gathered) -> list[tuple[Tensor, Tensor]]:
         """(parameter, stand-in) for every tensor with a gradient: the stand-in's memory is the fast weights."""
-        if evaluation.inner_step == 1:
+        if evaluation.first:
             self.buffers["fast"].copy_(self.buffers["slow"])
         clip = None
         if self.settings.max_grad_norm is not None:
             sq_norms = scalars.sq_norms[self.device][evaluation.index]
             clip = reference.clip_coefficient(sq_norms, self.settings.max_grad_norm)
-        for row, grad in zip(self.rows, self.grads, strict=True):
+        for row, grad in zip(gathered.rows, gathered.grads, strict=True):
             grad = grad.to(self.buffer_dtype)
             self.stand_ins[row].grad = grad if clip is None else grad * clip.to(grad.dtype)
-        return [(self.params[row], self.stand_ins[row]) for row in self.rows]
+        return [(self.params[row], self.stand_ins[row]) for row in gathered.rows]
 
-    def unstage(self, evaluation: Evaluation) -> None:
+    def unstage(self, evaluation: Evaluation, gathered: Gathered) -> None:
         """After the base's own ``step()``: drop the gradients lent to it, and keep fast_1 if it is needed."""
-        for row in self.rows:
+        for row in gathered.rows:
             self.stand_ins[row].grad = None
-        if evaluation.inner_step == 1 and "first" in self.buffers:
+        if evaluation.first and "first" in self.buffers:
             self.buffers["first"].copy_(self.buffers["fast"])
 
     # ---- what the passes are given ----
@@ -467,23 +511,25 @@ class Bucket:
         return self.params if len(rows) == len(self.params) else [self.params[row] for row in rows]
 
     def _table(self, rows: Sequence[int]) -> Tensor:
-        return self.table if len(rows) == len(self.params) else self.table[rows]
+        return self.table if len(rows) == len(self.params) else self.table[list(rows)]
 
-    def _parts(self) -> Iterator[tuple[ModuleType, list[Tensor], list[Tensor | None], Tensor]]:
+    def _parts(self, gathered: Gathered) -> list[tuple[ModuleType, list[Tensor], Sequence[Tensor | None], Tensor]]:
         """The tensors with a gradient, for the backend; those that had one earlier, for the reference."""
-        if self.rows:
-            yield self.kernels, self._params(self.rows), self.grads, self._table(self.rows)
-        carried = sorted(self.joined - set(self.rows))
-        if carried:
-            yield reference, self._params(carried), [None] * len(carried), self._table(carried)
+        parts = []
+        if gathered.rows:
+            parts.append((self.kernels, self._params(gathered.rows), gathered.grads, self._table(gathered.rows)))
+        if gathered.carried:
+            grads = [None] * len(gathered.carried)
+            parts.append((reference, self._params(gathered.carried), grads, self._table(gathered.carried)))
+        return parts
 
     def _fast_names(self, evaluation: Evaluation) -> tuple[str, str]:
         """Where an inner step reads the fast weights, and where it writes them."""
         if self.rule.name == "none":
             return "fast", "fast"
         first = "first" if "first" in self.buffers else "fast"
-        source = {1: "slow", 2: first}.get(evaluation.inner_step, "fast")
-        return source, first if evaluation.inner_step == 1 else "fast"
+        source = "slow" if evaluation.first else first if evaluation.second else "fast"
+        return source, first if evaluation.first else "fast"
 
     def _fast(self, evaluation: Evaluation) -> dict[str, Tensor | None]:
         source, target = self._fast_names(evaluation)
@@ -491,17 +537,17 @@ class Bucket:
 
     def _descent(self, evaluation: Evaluation, scalars: Scalars, table: Tensor) -> dict[str, Any]:
         """What every descending pass is given. The base's state is read at inner step 1 and written at inner step k."""
-        names, k = self.state_names, self.settings.k
-        own = [self.buffers[name] for name in names], self.steps
-        between = ([self.buffers[working(name)] for name in names], self.working_steps) if k > 1 else own
-        source = own if evaluation.inner_step == 1 else between
-        target = own if evaluation.inner_step == k else between
+        names = self.state_names
+        own = [self.buffers[name] for name in names]
+        reads_own, writes_own = evaluation.first, evaluation.last
+        in_place = reads_own == writes_own
+        between = own if reads_own and writes_own else [self.buffers[working(name)] for name in names]
         clips = self.settings.max_grad_norm is not None
         return {
-            "state": target[0],
-            "state_from": [] if source is target else source[0],
-            "steps": target[1],
-            "steps_from": None if source is target else source[1],
+            "state": own if writes_own else between,
+            "state_from": [] if in_place else own if reads_own else between,
+            "steps": self.steps if writes_own else self.working_steps,
+            "steps_from": None if in_place else self.steps if reads_own else self.working_steps,
             "table": table,
             "sq_norms": scalars.sq_norms[self.device][evaluation.index] if clips else None,
             "hyper": self.hyper,
@@ -516,89 +562,3 @@ class Bucket:
 def working(name: str) -> str:
     """The buffer in which the inner steps advance the base's state ``name``."""
     return "working " + name
-
-
-def check_parameters(params: Sequence[Tensor], names: Sequence[str]) -> None:
-    """Refuse what the kernels cannot take.
-
-    Raises:
-        ValueError: a parameter is lazy, complex, sparse, on the meta device, a wrapper subclass (such as DTensor), of a
-            floating dtype other than float64, float32, bfloat16 and float16, not dense, or overlaps another one in
-            memory.
-    """
-    for p, name in zip(params, names, strict=True):
-        if torch.nn.parameter.is_lazy(p):
-            raise ValueError(
-                f"{name}: expected an initialized parameter, got {type(p).__name__}; run the model once first"
-            )
-        reason = _unsuitable(p)
-        if reason:
-            raise ValueError(f"{name}: expected {reason}, got {_describe(*_layout(p)[:3])}, strides {_strides(p)}")
-    _check_overlap(params, names)
-
-
-def _unsuitable(p: Tensor) -> str | None:
-    """What was expected of a parameter that is not acceptable."""
-    if is_traceable_wrapper_subclass(p):
-        return f"a plain tensor, not a {type(p).__name__}"
-    if p.layout != torch.strided:
-        return f"a dense tensor, not one of layout {p.layout}"
-    if p.is_meta:
-        return "a tensor with memory, not on the meta device"
-    if p.is_complex():
-        return "a real tensor"
-    if p.is_floating_point() and p.dtype not in DTYPES:
-        return "dtype " + ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
-    if not _is_dense(p):
-        return "a tensor whose elements fill its memory once, without gaps or overlap"
-    return None
-
-
-def _check_overlap(params: Sequence[Tensor], names: Sequence[str]) -> None:
-    spans = sorted(
-        (str(p.device), p.data_ptr(), p.data_ptr() + p.numel() * p.element_size(), i)
-        for i, p in enumerate(params)
-        if p.numel()
-    )
-    for (device, _, end, i), (next_device, start, _, j) in pairwise(spans):
-        if device == next_device and start < end:
-            first, second = sorted((i, j))
-            same = "is the same tensor as" if params[i] is params[j] else "overlaps in memory with"
-            raise ValueError(
-                f"{names[second]} {same} {names[first]}: expected every parameter to have memory of its own"
-            )
-
-
-def _memory_order(x: Tensor) -> tuple[int, ...] | None:
-    """The strides of all dimensions of more than one element; None if the elements do not fill the memory once."""
-    sizes_and_strides = [(stride, size) for stride, size in zip(x.stride(), x.shape, strict=True) if size != 1]
-    expected = 1
-    for stride, size in sorted(sizes_and_strides):
-        if stride != expected and x.numel():
-            return None
-        expected *= size
-    return tuple(stride for stride, _ in sizes_and_strides)
-
-
-def _is_dense(x: Tensor) -> bool:
-    return _memory_order(x) is not None
-
-
-def _layout(p: Tensor) -> tuple:
-    return p.shape, p.dtype, p.device, p.stride() if p.layout == torch.strided else ()
-
-
-def _strides(p: Tensor) -> tuple[int, ...] | str:
-    return p.stride() if p.layout == torch.strided else "none"
-
-
-def _describe(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> str:
-    return f"shape {tuple(shape)}, {str(dtype).removeprefix('torch.')}, {device}"
-
-
-def name_of(index: int, name: str | None, p: Tensor) -> str:
-    """What a tensor is called in messages: its index in the optimizer, its name if known, shape and dtype."""
-    known = f" {name!r}" if name else ""
-    if torch.nn.parameter.is_lazy(p):
-        return f"parameter {index}{known}"
-    return f"parameter {index}{known} (shape {tuple(p.shape)}, {str(p.dtype).removeprefix('torch.')})"

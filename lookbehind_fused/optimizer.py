@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import inspect
-import math
-import numbers
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
+from functools import lru_cache
 from itertools import chain
 from typing import Any
 
@@ -16,12 +15,21 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT, _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from . import kernels
+from .arguments import Settings, check_bool, check_group, check_parameters, checked_settings, name_of
 from .base import GROUP_DEFAULTS, OwnStep, keep_when_loading, rule_of
-from .buckets import Bucket, Evaluation, Scalars, Settings, check_parameters, name_of
+from .buckets import Bucket, Evaluation, Gathered, Scalars
 from .kernels.reference import adaptive_alpha, total_norm
 
 # Attributes of an open step and of what is rebuilt when needed: neither copied nor pickled.
-TRANSIENT = {"_buckets": None, "_scalars": None, "_own_step": None, "_remaining": None, "_settings": None}
+TRANSIENT = {
+    "_buckets": None,
+    "_scalars": None,
+    "_own_step": None,
+    "_remaining": None,
+    "_settings": None,
+    "_tensors": None,
+    "_state_ids": None,
+}
 
 
 class Lookbehind(Optimizer):
@@ -72,7 +80,8 @@ class Lookbehind(Optimizer):
             running
             over all parameters (as ``torch.nn.utils.clip_grad_norm_``); None does not clip. The ascent has no use for
             it.
-        backend: ``"auto"`` or ``"reference"`` (plain PyTorch).
+        backend: ``"auto"`` (the fastest that there is for the device), ``"native"`` (C++, for CPUs) or ``"reference"``
+            (plain PyTorch).
         **base_kwargs: arguments of the class ``base_optimizer``.
 
     For bf16 and fp16 parameters the slow, fast and perturbed weights and the base's state are kept in float32 during
@@ -100,14 +109,14 @@ class Lookbehind(Optimizer):
         **base_kwargs: Any,
     ) -> None:
         group_defaults = {"rho": rho, "adaptive": adaptive, "eta": eta}
-        _check_group(group_defaults)
-        _check_bool("reuse_gradient", reuse_gradient)
+        check_group(group_defaults)
+        check_bool("reuse_gradient", reuse_gradient)
         checked_settings(k, alpha, alpha_scope, max_grad_norm)
         kernels.resolve(backend, torch.device("cpu"))
         base = _build_base(params, base_optimizer, base_kwargs)
         check_parameters(*_params_and_names(base.param_groups))
         for number, group in enumerate(base.param_groups):
-            _check_group({**group_defaults, **group}, f"param_groups[{number}]")
+            check_group({**group_defaults, **group}, f"param_groups[{number}]")
         # From here on nothing fails: an instance handed in is changed only if everything about it is acceptable.
         for group in base.param_groups:
             for key, value in group_defaults.items():
@@ -155,7 +164,7 @@ class Lookbehind(Optimizer):
         if not isinstance(param_group, dict):
             raise TypeError(f"param_group: expected a dict, got {type(param_group).__name__}")
         own = {name: param_group.get(name, self.defaults[name]) for name in GROUP_DEFAULTS}
-        _check_group(own, f"param_groups[{len(self.param_groups)}]")
+        check_group(own, f"param_groups[{len(self.param_groups)}]")
         self.base_optimizer.add_param_group(param_group)
         try:
             check_parameters(*_params_and_names(self.param_groups))
@@ -199,7 +208,7 @@ class Lookbehind(Optimizer):
                     loss = value
         return loss
 
-    def evaluations(self) -> Iterator[Evaluation]:
+    def evaluations(self, *, apply: bool = True) -> Iterator[Evaluation]:
         """One outer step with the loop in the caller's hands: run forward and backward once per iteration.
 
         Gradients are cleared before each iteration. Leaving the loop early, by ``break`` or by an exception, restores
@@ -209,6 +218,11 @@ class Lookbehind(Optimizer):
                 inputs, targets = minibatches[evaluation.inner_step - 1]
                 loss_fn(model(inputs), targets).backward()
 
+        Args:
+            apply: False leaves it to the caller to call ``apply(evaluation)`` after each backward, for instance within
+                a
+                compiled function.
+
         Yields:
             Evaluation: which evaluation this is.
 
@@ -216,8 +230,35 @@ class Lookbehind(Optimizer):
             RuntimeError: an iteration ran no backward, or a step is open already.
         """
         self._run_pre_hooks()
-        yield from self._outer_step()
+        yield from self._outer_step(apply)
         self._run_post_hooks()
+
+    def apply(self, evaluation: Evaluation) -> None:
+        """The passes that follow an evaluation, with the gradients that are there, in a form that compiles.
+
+        It writes nothing but tensors, has no graph break under ``torch.compile(fullgraph=True)``, and takes everything
+        that may be scheduled (lr, rho, alpha, ...) from tensors, so that new values do not compile again. Within
+        ``evaluations(apply=False)``::
+
+            @torch.compile(fullgraph=True)
+            def evaluate(evaluation, inputs, targets):
+                loss = loss_fn(model(inputs), targets)
+                loss.backward()                      # in the graph if torch._dynamo.config.trace_autograd_ops is set
+                optimizer.apply(evaluation)
+                return loss.detach()
+
+            for evaluation in optimizer.evaluations(apply=False):
+                loss = evaluate(evaluation, inputs, targets)
+
+        Every parameter that requires a gradient must have one at every evaluation, the base optimizer must be a rule of
+        the kernels (SGD, Adam, AdamW), and to compile it the backend must have compiled ops, as "native" has. The
+        last call writes the base's state: raise nothing between it and the end of the loop's body, for then the weights
+        would be restored, but not that state.
+        """
+        if self._remaining is None:
+            raise RuntimeError("apply(): expected to be called within evaluations(apply=False), but no step is open")
+        with torch.no_grad():
+            self._run_passes(evaluation, [bucket.gather() for bucket in self._buckets])
 
     def ascent_step(self) -> None:
         """Ascend with the gradients that are there: the first half of an inner step of the 2k form.
@@ -255,7 +296,6 @@ class Lookbehind(Optimizer):
         self._completed = False
         for bucket in self._buckets:
             bucket.restore()
-            bucket.release()
         self._own_step.restore()
 
     @property
@@ -285,19 +325,26 @@ class Lookbehind(Optimizer):
 
     # ---- the loop ----
 
-    def _outer_step(self) -> Iterator[Evaluation]:
-        plan = list(_plan(self.k, self.reuse_gradient))
+    def _outer_step(self, apply: bool = True) -> Iterator[Evaluation]:
+        plan = _plan(self.k, self.reuse_gradient)
         this_step: list[Evaluation] = []
         self._begin(this_step)
         try:
             for evaluation in plan:
-                self.zero_grad()
+                for p in self._tensors.tensors:
+                    p.grad = None
+                if not apply and evaluation.index == 0:
+                    for bucket in self._buckets:
+                        bucket.keep_slow()
                 yield evaluation
                 if self._remaining is not this_step:
                     raise RuntimeError(
                         f"evaluation {evaluation.index}: expected an open step, but abort_step() ended it"
                     )
-                self._use_gradients(evaluation)
+                if apply:
+                    self._use_gradients(evaluation)
+                else:
+                    self._record_applied(evaluation)
         finally:
             if self._remaining is this_step:
                 self.abort_step()
@@ -329,43 +376,75 @@ class Lookbehind(Optimizer):
     @torch.no_grad()
     def _use_gradients(self, evaluation: Evaluation) -> None:
         """What follows an evaluation: its norm, the descent and the ascent that use its gradient."""
-        buckets, scalars, settings = self._buckets, self._scalars, self._settings
-        if not sum([bucket.collect(evaluation) for bucket in buckets]):
+        gathered = [bucket.collect(evaluation) for bucket in self._buckets]
+        if not any([of_bucket.rows for of_bucket in gathered]):
             raise RuntimeError(
                 f"evaluation {evaluation.index}: expected a backward that gives parameters their gradients, but none "
                 "has one"
             )
-        if evaluation.ascends or settings.max_grad_norm is not None:
-            for bucket in buckets:
-                bucket.reduce_sq_norm(evaluation, scalars)
+        done: list[Bucket] = []
+        try:
+            self._run_passes(evaluation, gathered, done)
+        except BaseException as error:
+            for bucket, of_bucket in zip(self._buckets, gathered, strict=True):
+                if bucket in done:
+                    bucket.record(evaluation, of_bucket)
+                elif isinstance(error, Exception):
+                    bucket.explain(of_bucket)
+            raise
+        self._record(evaluation, gathered)
+
+    def _record_applied(self, evaluation: Evaluation) -> None:
+        gathered = [bucket.gather() for bucket in self._buckets]
+        for bucket, of_bucket in zip(self._buckets, gathered, strict=True):
+            for row in sorted(bucket.everyone - set(of_bucket.rows)):
+                raise RuntimeError(f"{bucket.names[row]}: expected a gradient at every evaluation of apply(), got none")
+        self._record(evaluation, gathered)
+
+    def _record(self, evaluation: Evaluation, gathered: list[Gathered]) -> None:
+        for bucket, of_bucket in zip(self._buckets, gathered, strict=True):
+            bucket.record(evaluation, of_bucket)
+        if evaluation.descends and evaluation.last:
+            self._complete()
+
+    def _run_passes(self, evaluation: Evaluation, gathered: list[Gathered], done: list[Bucket] | None = None) -> None:
+        """The passes of an evaluation. Only tensors are written, so that it can be compiled; ``done`` gains the buckets
+        whose perturbed weights have moved.
+        """
+        buckets, scalars, settings = self._buckets, self._scalars, self._settings
+        own_step = evaluation.descends and self._own_step.needed
+        pass_reduces = evaluation.ascends and scalars.alone and not own_step
+        if (evaluation.ascends and not pass_reduces) or (settings.max_grad_norm is not None and not evaluation.ascends):
+            for bucket, of_bucket in zip(buckets, gathered, strict=True):
+                bucket.reduce_sq_norm(evaluation, scalars, of_bucket)
             scalars.share_sq_norms(evaluation.index)
-        if evaluation.descends and self._own_step.needed:
-            self._run_own_step(evaluation)
+        if own_step:
+            self._run_own_step(evaluation, gathered)
         if not evaluation.descends:
             use = Bucket.ascend
         elif evaluation.ascends:
             use = Bucket.descend_ascend
-        elif evaluation.inner_step < settings.k:
+        elif not evaluation.last:
             use = Bucket.descend
         else:
             use = Bucket.descend_align if settings.aligns else Bucket.descend_interpolate
-        for bucket in buckets:
-            use(bucket, evaluation, scalars)
-            bucket.release()
+        for bucket, of_bucket in zip(buckets, gathered, strict=True):
+            use(bucket, evaluation, scalars, of_bucket)
+            if done is not None:
+                done.append(bucket)
         if use is Bucket.descend_align:
             scalars.share_sums()
-            for bucket in buckets:
-                bucket.interpolate(scalars)
-        if evaluation.descends and evaluation.inner_step == settings.k:
-            self._complete()
+            for bucket, of_bucket in zip(buckets, gathered, strict=True):
+                bucket.interpolate(scalars, of_bucket)
 
-    def _run_own_step(self, evaluation: Evaluation) -> None:
-        if evaluation.inner_step == 1:
+    def _run_own_step(self, evaluation: Evaluation, gathered: list[Gathered]) -> None:
+        if evaluation.first:
             self._own_step.remember()
-        stand_ins = chain.from_iterable([bucket.stage(evaluation, self._scalars) for bucket in self._buckets])
-        self._own_step.step(stand_ins)
-        for bucket in self._buckets:
-            bucket.unstage(evaluation)
+        pairs = list(zip(self._buckets, gathered, strict=True))
+        staged = [bucket.stage(evaluation, self._scalars, of_bucket) for bucket, of_bucket in pairs]
+        self._own_step.step(chain.from_iterable(staged))
+        for bucket, of_bucket in pairs:
+            bucket.unstage(evaluation, of_bucket)
 
     def _complete(self) -> None:
         for bucket in self._buckets:
@@ -379,30 +458,47 @@ class Lookbehind(Optimizer):
 
     def _prepare(self) -> None:
         """Bring buckets and settings up to date with everything that may have been changed between two steps."""
-        settings = checked_settings(self.k, self.alpha, self.alpha_scope, self.max_grad_norm)
-        for number, group in enumerate(self.param_groups):
-            for name in GROUP_DEFAULTS:
-                group.setdefault(name, self.defaults[name])
-            _check_group(group, f"param_groups[{number}]")
+        settings = self._read_settings()
         base = self.base_optimizer
         if rule_of(base).name != "none" and (base._optimizer_step_pre_hooks or base._optimizer_step_post_hooks):
             raise RuntimeError(
                 f"base_optimizer: its step() is never called, since {type(base).__name__} is fused, so its step hooks "
                 "would not run; expected none, register them on Lookbehind"
             )
-        if not self._buckets_fit():
-            self._build_buckets(settings)
-        elif settings.k != self._settings.k:
+        tensors = list(chain.from_iterable([group["params"] for group in self.param_groups]))
+        changed = self._tensors is None or not self._tensors.are(tensors, self.param_groups)
+        if changed:
+            for group in self.param_groups:
+                for name in GROUP_DEFAULTS:
+                    group.setdefault(name, self.defaults[name])
+            if not self._buckets_fit(tensors):
+                self._build_buckets(settings)
+        if self._settings is not None and settings.k != self._settings.k:
             self._scalars, self._completed = Scalars(self._buckets, 2 * settings.k), False
-        self._settings = settings
+        state_changed = self._ids_of_state() != self._state_ids
         for bucket in self._buckets:
-            bucket.open(settings)
+            bucket.open(settings, state_changed, changed)
+        if state_changed:
+            self._state_ids = self._ids_of_state()
+        self._settings = settings
+        if changed:
+            self._tensors = Seen(tensors, self.param_groups, self._buckets)
 
-    def _buckets_fit(self) -> bool:
+    def _read_settings(self) -> Settings:
+        now = (self.k, self.alpha, self.alpha_scope, self.max_grad_norm)
+        settings = self._settings
+        if settings is None or now != (settings.k, settings.alpha, settings.alpha_scope, settings.max_grad_norm):
+            settings = checked_settings(*now)
+        return settings
+
+    def _ids_of_state(self) -> list[int]:
+        """The identity of every value in the base's state: what was replaced, loaded, added or removed shows here."""
+        return [*map(id, chain.from_iterable(map(dict.values, self.base_optimizer.state.values())))]
+
+    def _buckets_fit(self, tensors: list[Tensor]) -> bool:
         """Whether the buckets still hold the tensors that can have a gradient, in their groups and memory layouts."""
         if self._buckets is None:
             return False
-        tensors = [p for group in self.param_groups for p in group["params"]]
         same_layout = all([bucket.same_layout(tensors) for bucket in self._buckets])
         groups = {id(group) for group in self.param_groups}
         held = {id(p) for bucket in self._buckets for p in bucket.params if id(bucket.group) in groups}
@@ -429,9 +525,15 @@ class Lookbehind(Optimizer):
             indices, of_bucket, held = map(list, zip(*tensors, strict=True))
             group, backend = self.param_groups[number], kernels.resolve(self.backend, device)
             position = len(self._buckets)
-            self._buckets.append(Bucket(position, indices, of_bucket, held, group, self.base_optimizer, rule, backend))
+            self._buckets.append(
+                Bucket(
+                    *(position, indices, of_bucket, held, f"param_groups[{number}]"),
+                    *(group, self.base_optimizer, rule, backend),
+                )
+            )
         self._scalars = Scalars(self._buckets, 2 * settings.k)
         self._own_step = OwnStep(self.base_optimizer)
+        self._state_ids = None
         self._completed = False
 
     def _require_closed(self, what: str) -> None:
@@ -505,7 +607,7 @@ class Lookbehind(Optimizer):
             if tuple(shape) != tuple(p.shape):
                 raise ValueError(f"state_dict: {name}: expected shape {tuple(p.shape)}, got {tuple(shape)}")
         for number, group in enumerate(state_dict["param_groups"]):
-            _check_group({**self.param_groups[number], **group}, f"state_dict: param_groups[{number}]")
+            check_group({**self.param_groups[number], **group}, f"state_dict: param_groups[{number}]")
         self._check_loadable_state(state_dict, params, names)
 
     def _check_loadable_state(self, state_dict: dict[str, Any], params: list[Tensor], names: list[str]) -> None:
@@ -540,72 +642,58 @@ class Lookbehind(Optimizer):
         keep_when_loading(self.base_optimizer)
 
 
+class Seen:
+    """What the parameters were when a step began: a quick check whether anything about them has changed since."""
+
+    def __init__(self, tensors: list[Tensor], groups: list[dict[str, Any]], buckets: list[Bucket]) -> None:
+        self.tensors = tensors
+        self.ids = [*map(id, tensors)]
+        self.groups = [*map(id, groups)]
+        self.addresses = [p.data_ptr() for p in tensors]
+        self.shapes = [p.shape for p in tensors]
+        held = {id(p) for bucket in buckets for p in bucket.params}
+        self.others = [p for p in tensors if id(p) not in held]
+
+    def are(self, tensors: list[Tensor], groups: list[dict[str, Any]]) -> bool:
+        """Whether these are the same tensors at the same addresses, and none without a bucket has come to need one.
+
+        The same address means the same dtype and device. Other strides do not matter: kernels see memory order.
+        """
+        return (
+            [*map(id, tensors)] == self.ids
+            and [*map(id, groups)] == self.groups
+            and [p.data_ptr() for p in tensors] == self.addresses
+            and [p.shape for p in tensors] == self.shapes
+            and not any([p.requires_grad or p.grad is not None for p in self.others])
+        )
+
+
 # ---- the order of evaluations ----------------------------------------------------------------------------------------
 
 
-def _plan(k: int, reuse_gradient: bool) -> Iterator[Evaluation]:
+@lru_cache
+def _plan(k: int, reuse_gradient: bool) -> tuple[Evaluation, ...]:
     """The evaluations of one outer step. In the 2k form each inner step evaluates its gradient for the ascent again."""
-    if reuse_gradient:
-        yield Evaluation(0, 1, descends=False, ascends=True)
-        for i in range(1, k + 1):
-            yield Evaluation(i, i, descends=True, ascends=i < k)
-    else:
-        for i in range(1, k + 1):
-            yield Evaluation(2 * i - 2, i, descends=False, ascends=True)
-            yield Evaluation(2 * i - 1, i, descends=True, ascends=False)
+    uses = [(1, False, True)]  # inner step, descends, ascends
+    for i in range(1, k + 1):
+        uses.append((i, True, reuse_gradient and i < k))
+        if not reuse_gradient and i < k:
+            uses.append((i + 1, False, True))
+    return tuple(
+        Evaluation(index, *use, perturbed=index > 0, first=use[0] == 1, second=use[0] == 2, last=use[0] == k)
+        for index, use in enumerate(uses)
+    )
 
 
 # ---- arguments -------------------------------------------------------------------------------------------------------
-
-
-def checked_settings(k: int, alpha: float | str, alpha_scope: str, max_grad_norm: float | None) -> Settings:
-    """``Settings``, once every one of them is acceptable.
-
-    Raises:
-        TypeError, ValueError: naming the argument, what was expected and what came.
-    """
-    if not isinstance(k, int) or isinstance(k, bool):
-        raise TypeError(f"k: expected an int >= 1, got {k!r}")
-    if k < 1:
-        raise ValueError(f"k: expected an int >= 1, got {k!r}")
-    if alpha != "adaptive" and not (_is_number(alpha) and 0 < alpha <= 1):
-        raise _wrong("alpha", 'a number in (0, 1] or "adaptive"', alpha, (numbers.Real, str))
-    if alpha_scope not in ("global", "tensor"):
-        raise _wrong("alpha_scope", '"global" or "tensor"', alpha_scope, (str,))
-    if max_grad_norm is not None and not (_is_number(max_grad_norm) and 0 < max_grad_norm < math.inf):
-        raise _wrong("max_grad_norm", "None or a finite number > 0", max_grad_norm, (numbers.Real,))
-    return Settings(k, alpha, alpha_scope, max_grad_norm)
-
-
-def _check_group(group: dict[str, Any], where: str = "") -> None:
-    for name in ("rho", "eta"):
-        value = group[name]
-        if not (_is_number(value) and 0 <= value < math.inf):
-            raise _wrong(f"{where}[{name!r}]" if where else name, "a finite number >= 0", value, (numbers.Real,))
-    _check_bool(f"{where}['adaptive']" if where else "adaptive", group["adaptive"])
-
-
-def _check_bool(name: str, value: Any) -> None:
-    if not isinstance(value, bool):
-        raise TypeError(f"{name}: expected True or False, got {value!r}")
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, numbers.Real) and not isinstance(value, bool)
-
-
-def _wrong(name: str, expected: str, value: Any, types: tuple[type, ...]) -> Exception:
-    """The error for an unacceptable value: ValueError where its type could have been right, else TypeError."""
-    error = ValueError if isinstance(value, types) and not isinstance(value, bool) else TypeError
-    return error(f"{name}: expected {expected}, got {value!r}")
 
 
 def _build_base(params: ParamsT | None, base_optimizer: Any, base_kwargs: dict[str, Any]) -> Optimizer:
     if isinstance(base_optimizer, Optimizer):
         base = _given_base(params, base_optimizer, base_kwargs)
     elif isinstance(base_optimizer, type) and issubclass(base_optimizer, Optimizer) and base_optimizer is not Optimizer:
-        if params is None:
-            raise TypeError("params: expected parameters for the class base_optimizer, got None")
+        if not isinstance(params, Iterable):
+            raise TypeError(f"params: expected parameters, such as model.parameters(), got {params!r}")
         base = base_optimizer(params, **base_kwargs)
     else:
         raise TypeError(f"base_optimizer: expected a torch optimizer class or instance, got {base_optimizer!r}")

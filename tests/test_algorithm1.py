@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from lookbehind_fused import Lookbehind
 from tests import algorithm1 as paper
 from tests.algorithm1 import Formulas, Gradients, Outcome, TorchBase, adam, adamw, algorithm1, sgd
-from tests.conftest import assert_close, assert_equal, assert_same_state, assert_state, drive
+from tests.conftest import assert_close, assert_equal, assert_same_state, assert_state, assert_torchs_weights, drive
 
 TOLERANCE = 1e-12
 STEPS = 6
@@ -578,7 +578,7 @@ def plain_problem(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("base", PLAIN_BASES)
 def test_without_ascent_it_is_the_base_optimizer_bit_for_bit(backend: str, base: str, dtype: torch.dtype) -> None:
-    """rho = 0, k = 1, alpha = 1."""
+    """rho = 0, k = 1, alpha = 1. Bits of Adam's weights on native: see ``assert_torchs_weights``."""
     base_optimizer, hyper = PLAIN_BASES[base]
     # torch multiplies a 0-dim weight with 1 - lr * weight_decay in the wider dtype of the two, if lr is a tensor
     scalar = not isinstance(hyper["lr"], Tensor)
@@ -589,14 +589,31 @@ def test_without_ascent_it_is_the_base_optimizer_bit_for_bit(backend: str, base:
     for t in range(5):
         drive(optimizer, "step", our_backward(t), 1)
         their_backward(t)()
+        before = [q.detach().clone() for q in theirs]
         other.step()
-        for i, (p, q) in enumerate(zip(ours, theirs, strict=True)):
-            assert_equal(f"step {t}, tensor {i}", p.detach(), q.detach())
+        assert_torchs_weights(backend, base_optimizer, ours, theirs, before)
     assert_same_state(
         optimizer.base_optimizer.state_dict()["state"], other.state_dict()["state"], "state of the base optimizer"
     )
     start, _ = plain_problem(dtype)
     assert not torch.equal(ours[2], start[2])
+
+
+@pytest.mark.parametrize("momenta", [(0.9, 0.0, 0.9), (0.0, 0.9, 0.9), (0.0, 0.0, 0.8)], ids=str)
+def test_momentum_may_be_switched_off_and_on(backend: str, momenta: tuple[float, ...]) -> None:
+    """As torch does it: a buffer that is there is used again, and the first one is the gradient, without dampening."""
+    ours, our_backward = plain_problem(torch.float64)
+    theirs, their_backward = plain_problem(torch.float64)
+    hyper = {"lr": 0.1, "momentum": momenta[0], "dampening": 0.4}
+    optimizer = Lookbehind(ours, torch.optim.SGD, rho=0.0, k=1, alpha=1.0, backend=backend, **hyper)
+    other = torch.optim.SGD(theirs, foreach=False, **hyper)
+    for t, momentum in enumerate(momenta):
+        optimizer.param_groups[0]["momentum"] = other.param_groups[0]["momentum"] = momentum
+        drive(optimizer, "step", our_backward(t), 1)
+        their_backward(t)()
+        other.step()
+        for p, q in zip(ours, theirs, strict=True):
+            assert_equal(f"step {t}", p.detach(), q.detach())
 
 
 @pytest.mark.parametrize("base", [torch.optim.Adam, torch.optim.AdamW])

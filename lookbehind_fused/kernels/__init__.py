@@ -2,27 +2,56 @@
 
 from __future__ import annotations
 
+import warnings
 from types import ModuleType
 
 import torch
 
-from . import reference
+from . import native, reference
 from .schema import SCHEMAS, Flag
 
 __all__ = ["BACKENDS", "SCHEMAS", "Flag", "resolve"]
 
-BACKENDS: dict[str, ModuleType] = {"reference": reference}
+BACKENDS: dict[str, ModuleType] = {"reference": reference, "native": native}
+
+# What "auto" takes for tensors on a device, the fastest first; any device has the reference.
+AUTO: dict[str, tuple[str, ...]] = {"cpu": ("native", "reference")}
 
 
 def resolve(backend: str, device: torch.device) -> ModuleType:
     """The module whose functions are the passes for tensors on ``device``.
 
+    ``"auto"`` is the fastest that there is, and warns once when a faster one is missing.
+
     Raises:
-        ValueError: ``backend`` is neither ``"auto"`` nor a name in ``BACKENDS``.
+        ValueError: ``backend`` is neither ``"auto"`` nor a name in ``BACKENDS``, or has no kernels for the device.
+        RuntimeError: the backend was asked for by name and is not available; the message says why and what helps.
     """
-    if backend == "auto":
-        return reference  # the only one there is
-    if not isinstance(backend, str) or backend not in BACKENDS:
+    if not isinstance(backend, str) or (backend != "auto" and backend not in BACKENDS):
         names = ", ".join(map(repr, ("auto", *BACKENDS)))
         raise ValueError(f"backend: expected one of {names}, got {backend!r}")
+    if backend == "auto":
+        return _fastest(device)
+    if backend == "native" and device.type != "cpu":
+        raise ValueError(f"backend: expected one with kernels for tensors on {device}, got 'native', which is for CPUs")
+    if backend == "native" and native.unavailable:
+        raise RuntimeError(f"backend: 'native' is not available: {native.unavailable}; {native.REMEDY}")
     return BACKENDS[backend]
+
+
+def _fastest(device: torch.device) -> ModuleType:
+    for name in AUTO.get(device.type, ("reference",)):
+        if name == "native" and native.unavailable:
+            _warn_once(f"backend 'auto' uses the slower 'reference': {native.unavailable}; {native.REMEDY}")
+            continue
+        return BACKENDS[name]
+    return reference
+
+
+_warned: set[str] = set()
+
+
+def _warn_once(message: str) -> None:
+    if message not in _warned:
+        _warned.add(message)
+        warnings.warn(message, stacklevel=4)

@@ -41,20 +41,20 @@ def reduce_sq_norm(
     table: Tensor,
     hyper: Tensor,
     flags: int,
-    sq_norm: Tensor,
+    sq_norms: Tensor,
+    row: int,
 ) -> None:
-    """``sq_norm`` = the sums of squares of T g (equation 7 of ASAM, Kwon et al. 2021) and of g."""
+    """``sq_norms[row]`` = the sums of squares of T g (equation 7 of ASAM, Kwon et al. 2021) and of g."""
     _, eta, *_ = hyper.tolist()
     squares = []
     for param, grad, (_, span) in zip(params, grads, _rows(table), strict=True):
         weights = _vector(param) if perturbed is None else perturbed[span]
-        g = _vector(grad).to(_compute_dtype(weights))
-        plain = ordered_sum(g.double().square())
-        scaled = (
-            ordered_sum((_scaling(weights.to(g.dtype), eta) * g).double().square()) if flags & Flag.ADAPTIVE else plain
-        )
+        g = _gradient(grad, param)
+        scaled = plain = ordered_sum(g.double().square())
+        if flags & Flag.ADAPTIVE:
+            scaled = ordered_sum((_scaling(weights.to(g.dtype), eta) * g).double().square())
         squares.append(torch.stack([scaled, plain]))
-    sq_norm.copy_(torch.stack(squares).sum(0))
+    sq_norms[row].copy_(torch.stack(squares).sum(0))
 
 
 def ascend(
@@ -64,19 +64,25 @@ def ascend(
     slow: Tensor | None,
     table: Tensor,
     sq_norms: Tensor,
+    row: int,
     hyper: Tensor,
     flags: int,
 ) -> None:
     """``perturbed += rho * T^2 g / (||T g|| + 1e-16)``. The first ascent of a step keeps the weights in ``slow``."""
+    if row >= 0:
+        reduce_sq_norm(params, grads, None if slow is not None else perturbed, table, hyper, flags, sq_norms, row)
     for param, grad, (_, span) in zip(params, grads, _rows(table), strict=True):
         if slow is None:
             weights = _vector(param) if perturbed is None else perturbed[span]
         else:
             weights = slow[span].copy_(_vector(param))
-        _store(_ascended(weights, grad, sq_norms, hyper, flags), param, perturbed, span)
+        if grad is not None:
+            weights = _ascended(weights, _gradient(grad, param), sq_norms, hyper, flags)
+        _store(weights, param, perturbed, span)
 
 
 def descend(
+    params: Sequence[Tensor],
     grads: Gradients,
     fast: Tensor,
     fast_from: Tensor | None,
@@ -92,8 +98,8 @@ def descend(
 ) -> None:
     """``fast = base_optimizer(fast, g)``, alone: the 2k form, where another evaluation comes before the next ascent."""
     descent = _Descent(state, state_from, steps, steps_from, sq_norms, hyper, rule, flags)
-    for grad, (row, span) in zip(grads, _rows(table), strict=True):
-        fast[span].copy_(descent(_other(fast_from, fast)[span], grad, row, span))
+    for param, grad, (row, span) in zip(params, grads, _rows(table), strict=True):
+        fast[span].copy_(descent(_other(fast_from, fast)[span], param, grad, row, span))
 
 
 def descend_ascend(
@@ -108,13 +114,16 @@ def descend_ascend(
     steps_from: Tensor | None,
     table: Tensor,
     sq_norms: Tensor,
+    row: int,
     hyper: Tensor,
     rule: str,
     flags: int,
 ) -> None:
     """``fast = base_optimizer(fast, g)``, then the next ascent of ``perturbed``: the same g is reused."""
-    descend(grads, fast, fast_from, state, state_from, steps, steps_from, table, sq_norms, hyper, rule, flags)
-    ascend(params, grads, perturbed, None, table, sq_norms, hyper, flags)
+    if row >= 0:
+        reduce_sq_norm(params, grads, perturbed, table, hyper, flags, sq_norms, row)
+    descend(params, grads, fast, fast_from, state, state_from, steps, steps_from, table, sq_norms, hyper, rule, flags)
+    ascend(params, grads, perturbed, None, table, sq_norms, -1, hyper, flags)
 
 
 def descend_interpolate(
@@ -136,7 +145,7 @@ def descend_interpolate(
     _, _, alpha, *_ = hyper.tolist()
     descent = _Descent(state, state_from, steps, steps_from, sq_norms, hyper, rule, flags)
     for param, grad, (row, span) in zip(params, grads, _rows(table), strict=True):
-        _vector(param).copy_(torch.lerp(slow[span], descent(fast[span], grad, row, span), alpha))
+        _vector(param).copy_(torch.lerp(slow[span], descent(fast[span], param, grad, row, span), alpha))
 
 
 def descend_align(
@@ -165,7 +174,7 @@ def descend_align(
     descent = _Descent(state, state_from, steps, steps_from, sq_norms, hyper, rule, flags)
     by_tensor = []
     for param, grad, (row, span) in zip(params, grads, _rows(table), strict=True):
-        last = descent(fast[span], grad, row, span)
+        last = descent(fast[span], param, grad, row, span)
         by_tensor.append(alignment(first[span] - slow[span], last - slow[span]))
         _store(last, param, perturbed, span)
     if flags & Flag.PER_TENSOR:
@@ -241,17 +250,15 @@ class _Descent:
         self.steps, self.steps_from = steps, _other(steps_from, steps)
         self.clip = None if sq_norms is None else clip_coefficient(sq_norms, max_grad_norm)
 
-    def __call__(self, fast: Tensor, grad: Tensor | None, row: int, span: slice) -> Tensor:
+    def __call__(self, fast: Tensor, param: Tensor, grad: Tensor | None, row: int, span: slice) -> Tensor:
         old = [buffer[span] for buffer in self.state_from]
         step = self.steps_from[row]
         if grad is None:
             moved, new = fast, old
         else:
-            g = _vector(grad).to(fast.dtype)
+            g = _gradient(grad, param) if self.clip is None else _gradient(grad, param) * self.clip
             step = step + 1
-            moved, new = self.rule(
-                fast, g if self.clip is None else g * self.clip, old, int(step), self.hyper, self.flags
-            )
+            moved, new = self.rule(fast, g, old, int(step), self.hyper, self.flags)
         for buffer, value in zip(self.state, new, strict=True):
             buffer[span].copy_(value)
         self.steps[row] = step
@@ -283,7 +290,7 @@ def adaptive_alpha(sums: Tensor) -> Tensor:
     """alpha* = (cos + 1) / 2 (Mordido et al. 2024), shape (..., 3) to (...). The cosine of a zero vector is 0."""
     dot, a, b = sums.unbind(-1)
     norms = a.sqrt() * b.sqrt()
-    cosine = torch.where(norms > 0, dot / norms, 0.0).clamp(-1.0, 1.0)
+    cosine = torch.where(norms == 0, 0.0, dot / norms).clamp(-1.0, 1.0)
     return (cosine + 1) / 2
 
 
@@ -300,11 +307,8 @@ def _scaling(weights: Tensor, eta: float) -> Tensor:
     return weights.abs() + eta
 
 
-def _ascended(weights: Tensor, grad: Tensor | None, sq_norms: Tensor, hyper: Tensor, flags: int) -> Tensor:
-    if grad is None:
-        return weights
+def _ascended(weights: Tensor, g: Tensor, sq_norms: Tensor, hyper: Tensor, flags: int) -> Tensor:
     rho, eta, *_ = hyper.tolist()
-    g = _vector(grad).to(weights.dtype)
     if flags & Flag.ADAPTIVE:
         g = _scaling(weights, eta).square() * g
     return weights + g * (rho / (total_norm(sq_norms) + NORM_EPSILON))
@@ -324,8 +328,13 @@ def _rows(table: Tensor) -> Iterator[tuple[int, slice]]:
         yield row, slice(start, start + size)
 
 
-def _compute_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
+def _gradient(grad: Tensor, param: Tensor) -> Tensor:
+    """A gradient as a vector in its parameter's memory order, in the dtype that is computed in."""
+    if grad.dtype != param.dtype:
+        raise TypeError(f"grads: expected {param.dtype} as the parameter has, got {grad.dtype}")
+    if grad.stride() != param.stride():
+        grad = torch.empty_strided(param.shape, param.stride(), dtype=grad.dtype, device=grad.device).copy_(grad)
+    return _vector(grad).to(torch.float64 if param.dtype == torch.float64 else torch.float32)
 
 
 def _other(source: Tensor | None, target: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ each pass computes.
 Arguments that recur:
 
 ``params``, ``grads``
-    The tensors taking part, where PyTorch put them. A gradient has its parameter's shape, dtype and strides.
+    The tensors taking part, where PyTorch put them. A gradient has its parameter's shape and dtype; strides may differ.
 ``slow``, ``fast``, ``first``, ``perturbed``, ``state``
     Flat buffers of the bucket, 1-D, float32 (float64 for float64 parameters). ``perturbed`` is given for bf16 and fp16
     parameters only: elsewhere the parameters themselves hold the perturbed weights. ``state`` are the base optimizer's
@@ -19,9 +19,10 @@ Arguments that recur:
 ``table``
     int64 of shape (tensors, 3) in host memory: the tensor's row in ``steps`` and ``sums``, and the start and size of
     its slice of every flat buffer, in elements.
-``sq_norm``, ``sq_norms``
-    float64, on the parameters' device. ``sq_norm`` of shape (2,) is what one bucket adds: the sums of squares of T g
-    and of g. ``sq_norms`` of shape (buckets, 2) are all of them; who reads them adds them up.
+``sq_norms``, ``row``
+    float64 of shape (buckets, 2), on the parameters' device: the sums of squares of T g and of g, which whoever reads
+    them adds up. ``row`` is the bucket's own. A pass that ascends fills it first if it is not negative: with a single
+    bucket the norm costs no call of its own.
 ``sums``
     float64 of shape (rows, 3): <a, b>, <a, a>, <b, b> of the displacements a = fast_1 - slow and b = fast_k - slow. One
     row a tensor under ``Flag.PER_TENSOR``, else one row a bucket.
@@ -47,19 +48,17 @@ class Flag(IntFlag):
     DECOUPLED = 32  # weight decay as in AdamW
 
 
-_DESCENT = (
-    "Tensor(s!)[] state, Tensor[] state_from, Tensor(n!) steps, Tensor? steps_from, Tensor table, "
-    "Tensor? sq_norms, Tensor hyper, str rule, int flags"
-)
+_STATE = "Tensor(s!)[] state, Tensor[] state_from, Tensor(n!) steps, Tensor? steps_from, Tensor table"
+_DESCENT = f"{_STATE}, Tensor? sq_norms, Tensor hyper, str rule, int flags"
 
 SCHEMAS = {
     "reduce_sq_norm": "(Tensor[] params, Tensor[] grads, Tensor? perturbed, Tensor table, Tensor hyper, int flags, "
-    "Tensor(a!) sq_norm) -> ()",
+    "Tensor(a!) sq_norms, int row) -> ()",
     "ascend": "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)? perturbed, Tensor(c!)? slow, Tensor table, "
-    "Tensor sq_norms, Tensor hyper, int flags) -> ()",
-    "descend": f"(Tensor[] grads, Tensor(a!) fast, Tensor? fast_from, {_DESCENT}) -> ()",
+    "Tensor(d!) sq_norms, int row, Tensor hyper, int flags) -> ()",
+    "descend": f"(Tensor[] params, Tensor[] grads, Tensor(a!) fast, Tensor? fast_from, {_DESCENT}) -> ()",
     "descend_ascend": "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)? perturbed, Tensor(c!) fast, "
-    f"Tensor? fast_from, {_DESCENT}) -> ()",
+    f"Tensor? fast_from, {_STATE}, Tensor(d!) sq_norms, int row, Tensor hyper, str rule, int flags) -> ()",
     "descend_interpolate": f"(Tensor(a!)[] params, Tensor[] grads, Tensor slow, Tensor fast, {_DESCENT}) -> ()",
     "descend_align": "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)? perturbed, Tensor slow, Tensor fast, "
     f"Tensor first, {_DESCENT}, Tensor(c!) sums) -> ()",

@@ -1,0 +1,4 @@
+#include "chunk.h"
+
+#define LOOKBEHIND_ISA baseline
+#include "chunk.inc"

@@ -1,0 +1,104 @@
+// The walk of a pass over all elements of a bucket: cut into pieces, shared out over threads, one chunk at a time.
+// There is no torch in here, so that csrc/sanitize/ runs the very same code under the sanitizers.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <vector>
+
+#include "chunk.h"
+
+namespace lookbehind_fused {
+
+constexpr int64_t kChunk = 16384;  // elements of a piece at most: its sums are the same for any number of threads
+
+// A row of ``table``: one tensor.
+struct Row {
+  int64_t row, start, size;
+};
+
+// The tensors of a call and its flat buffers, by address; null or empty where a pass has no use for them.
+struct Addresses {
+  const Row* rows = nullptr;
+  int64_t count = 0;
+  Dtype dtype = Dtype::f32;
+  std::vector<void*> params, grads;
+  void* perturbed = nullptr;
+  void* slow = nullptr;
+  void* fast = nullptr;
+  void* fast_from = nullptr;
+  void* first = nullptr;
+  std::vector<void*> state, state_from;
+};
+
+struct Piece {
+  int64_t tensor, begin, size;  // elements [begin, begin + size) of a tensor
+};
+
+inline std::vector<Piece> pieces_of(const Row* rows, int64_t count) {
+  std::vector<Piece> pieces;
+  pieces.reserve(count);
+  for (int64_t t = 0; t < count; ++t)
+    for (int64_t begin = 0; begin < rows[t].size; begin += kChunk)
+      pieces.push_back({t, begin, std::min(kChunk, rows[t].size - begin)});
+  return pieces;
+}
+
+// Call run(piece number) for all of them, in parallel. Each thread has a run of pieces with about as many elements as
+// the others'. ``Threads`` says how many there are, count(), and how many elements are worth one, kPerThread; share(n,
+// f) calls f(begin, end) for parts of [0, n).
+template <class Threads, class F>
+void for_each_piece(const std::vector<Piece>& pieces, const F& run) {
+  std::vector<int64_t> ends(pieces.size() + 1, 0);
+  for (size_t i = 0; i < pieces.size(); ++i) ends[i + 1] = ends[i] + pieces[i].size;
+  const int64_t total = ends.back();
+  const int64_t threads = std::min<int64_t>(Threads::count(), total / Threads::kPerThread);
+  if (threads <= 1) {
+    for (size_t i = 0; i < pieces.size(); ++i) run(i);
+    return;
+  }
+  const auto bound = [&](int64_t share) {
+    return std::lower_bound(ends.begin(), ends.end(), total * share / threads) - ends.begin();
+  };
+  Threads::share(threads, [&](int64_t begin, int64_t end) {
+    for (int64_t i = bound(begin); i < bound(end); ++i) run(i);
+  });
+}
+
+inline int64_t width_of(Dtype dtype) { return dtype == Dtype::f64 ? 8 : dtype == Dtype::f32 ? 4 : 2; }
+
+inline void* offset(void* start, int64_t bytes) { return start ? static_cast<char*>(start) + bytes : nullptr; }
+
+// Run a pass over all pieces. ``numbers`` are one for each tensor. What the pieces add to sums is returned in their
+// order,
+// ``terms`` numbers a piece.
+template <class T, class Threads>
+std::vector<double> walk(ChunkFunction chunk_function, const Addresses& work, const std::vector<Constants<T>>& numbers,
+                         const std::vector<Piece>& pieces, int terms) {
+  const int64_t width = width_of(work.dtype);
+  std::vector<double> sums(pieces.size() * terms);
+  for_each_piece<Threads>(pieces, [&](int64_t i) {
+    const Piece& piece = pieces[i];
+    const int64_t in_tensor = piece.begin * width;
+    const int64_t in_buffer = (work.rows[piece.tensor].start + piece.begin) * int64_t(sizeof(T));
+    Chunk c{};
+    c.size = piece.size;
+    c.param = work.params.empty() ? nullptr : offset(work.params[piece.tensor], in_tensor);
+    c.grad = work.grads.empty() ? nullptr : offset(work.grads[piece.tensor], in_tensor);
+    c.perturbed = offset(work.perturbed, in_buffer);
+    c.slow = offset(work.slow, in_buffer);
+    c.fast = offset(work.fast, in_buffer);
+    c.fast_from = offset(work.fast_from, in_buffer);
+    c.first = offset(work.first, in_buffer);
+    for (size_t s = 0; s < work.state.size(); ++s) {
+      c.state[s] = offset(work.state[s], in_buffer);
+      c.state_from[s] = offset(work.state_from[s], in_buffer);
+    }
+    c.constants = &numbers[piece.tensor];
+    c.sums = sums.data() + i * terms;
+    chunk_function(c);
+  });
+  return sums;
+}
+
+}  // namespace lookbehind_fused

@@ -1,0 +1,441 @@
+// The ops of lookbehind_fused/kernels/schema.py for CPU tensors: unpack, cut into chunks, run the chunks, add up sums.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <optional>
+#include <string>
+#include <type_traits>
+#include <vector>
+
+#include "cpu/walk.h"
+#include "tensor_list.h"
+
+namespace lookbehind_fused {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+constexpr double kNormEpsilon = 1e-16;
+constexpr double kClipEpsilon = 1e-6;
+
+using Find = ChunkFunction (*)(const Variant&);
+
+// The best instruction set of this machine, or the one that the environment variable LOOKBEHIND_ISA asks for.
+Find instruction_set() {
+  const char* asked = std::getenv("LOOKBEHIND_ISA");
+  const std::string isa = asked ? asked : "";
+  if (isa == "baseline") return baseline::find;
+#ifdef LOOKBEHIND_X86
+  __builtin_cpu_init();
+  const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  if (has_avx512 && (isa.empty() || isa == "avx512")) return avx512::find;
+  if (has_avx2 && (isa.empty() || isa == "avx2")) return avx2::find;
+#endif
+  STD_TORCH_CHECK(isa.empty(), "LOOKBEHIND_ISA: expected baseline, avx2 or avx512, and one that this machine has, got ",
+                  isa);
+  return baseline::find;
+}
+
+Dtype dtype_of(int32_t dtype) {
+  if (dtype == aoti_torch_dtype_float64()) return Dtype::f64;
+  if (dtype == aoti_torch_dtype_float32()) return Dtype::f32;
+  if (dtype == aoti_torch_dtype_bfloat16()) return Dtype::bf16;
+  STD_TORCH_CHECK(dtype == aoti_torch_dtype_float16(), "params: expected float64, float32, bfloat16 or float16");
+  return Dtype::f16;
+}
+
+// The address of a contiguous tensor of at least ``needed`` numbers of type T.
+template <class T>
+T* numbers_of(const char* name, const Tensor& tensor, int64_t needed) {
+  static_assert(std::is_same_v<T, double> || std::is_same_v<T, float> || std::is_same_v<T, int64_t>);
+  constexpr bool is_double = std::is_same_v<T, double>, is_float = std::is_same_v<T, float>;
+  const TensorInfo info = info_of(tensor.get());
+  const int32_t wanted = is_double  ? aoti_torch_dtype_float64()
+                         : is_float ? aoti_torch_dtype_float32()
+                                    : aoti_torch_dtype_int64();
+  STD_TORCH_CHECK(info.dtype == wanted, name, ": expected ",
+                  is_double  ? "float64"
+                  : is_float ? "float32"
+                             : "int64",
+                  ", got another dtype");
+  STD_TORCH_CHECK(info.numel >= needed && (info.numel < 2 || tensor.is_contiguous()), name,
+                  ": expected a contiguous tensor of at least ", needed, " elements, got ", info.numel);
+  return static_cast<T*>(info.data);
+}
+
+std::vector<void*> addresses(const TensorList& tensors) {
+  std::vector<void*> all;
+  all.reserve(tensors.size());
+  for (const TensorInfo& tensor : tensors) all.push_back(tensor.data);
+  return all;
+}
+
+bool same_layout(const TensorInfo& a, const TensorInfo& b) {
+  if (a.dim != b.dim) return false;
+  for (int64_t d = 0; d < a.dim; ++d)
+    if (a.sizes[d] != b.sizes[d] || (a.strides[d] != b.strides[d] && a.sizes[d] != 1)) return false;
+  return true;
+}
+
+// The elements of ``from`` in the memory order of ``like``, a dense tensor of the same sizes.
+std::vector<char> in_memory_order(const TensorInfo& from, const TensorInfo& like, int64_t width) {
+  std::vector<char> copy(like.numel * width);
+  std::vector<int64_t> index(like.dim, 0);
+  int64_t source = 0, target = 0;
+  for (int64_t i = 0; i < like.numel; ++i) {
+    std::memcpy(copy.data() + target * width, static_cast<const char*>(from.data) + source * width, width);
+    for (int64_t d = like.dim - 1; d >= 0; --d) {
+      source += from.strides[d], target += like.strides[d];
+      if (++index[d] < like.sizes[d]) break;
+      source -= from.strides[d] * like.sizes[d], target -= like.strides[d] * like.sizes[d], index[d] = 0;
+    }
+  }
+  return copy;
+}
+
+// The tensors of a call and its flat buffers, by address. Everything is checked here, before anything is written.
+struct Work : Addresses {
+  int64_t buffer_size = 0;                // elements that every flat buffer has at least
+  int64_t row_count = 0;                  // rows that ``steps`` has at least, and ``sums`` where there is one a tensor
+  std::vector<std::vector<char>> copies;  // of gradients that are laid out in another way than their parameter
+
+  Work(const Tensor& table, const TensorList& tensors) {
+    count = int64_t(tensors.size());
+    STD_TORCH_CHECK(table.dim() == 2 && table.size(0) == count && table.size(1) == 3, "table: expected shape (", count,
+                    ", 3), a row for each of params");
+    rows = reinterpret_cast<const Row*>(numbers_of<int64_t>("table", table, 3 * count));
+    if (tensors.empty()) return;
+    dtype = dtype_of(tensors[0].dtype);
+    params = addresses(tensors);
+    for (int64_t t = 0; t < count; ++t) {
+      STD_TORCH_CHECK(tensors[t].dtype == tensors[0].dtype, "params: tensor ", t, " has another dtype than tensor 0");
+      STD_TORCH_CHECK(tensors[t].numel == rows[t].size, "params: tensor ", t, " has ", tensors[t].numel,
+                      " elements, expected ", rows[t].size);
+      STD_TORCH_CHECK(rows[t].row >= 0 && rows[t].start >= 0, "table: a negative number in row ", t);
+      buffer_size = std::max(buffer_size, rows[t].start + rows[t].size);
+      row_count = std::max(row_count, rows[t].row + 1);
+    }
+  }
+
+  Work(const Tensor& table, const TensorList& tensors, const TensorList& gradients) : Work(table, tensors) {
+    STD_TORCH_CHECK(gradients.size() == tensors.size(), "grads: expected ", tensors.size(),
+                    " tensors as params has, got ", gradients.size());
+    grads = addresses(gradients);
+    for (int64_t t = 0; t < count; ++t) {
+      const TensorInfo &param = tensors[t], &grad = gradients[t];
+      STD_TORCH_CHECK(grad.dtype == param.dtype, "grads: tensor ", t, " has another dtype than its parameter");
+      STD_TORCH_CHECK(grad.dim == param.dim && std::equal(param.sizes, param.sizes + param.dim, grad.sizes),
+                      "grads: tensor ", t, " has another shape than its parameter");
+      if (param.numel && !same_layout(param, grad)) {
+        copies.push_back(in_memory_order(grad, param, width_of(dtype)));
+        grads[t] = copies.back().data();
+      }
+    }
+  }
+
+  // The address of a flat buffer, which is in the dtype that is computed in.
+  void* buffer(const char* name, const Tensor& tensor) const {
+    if (count == 0) return nullptr;
+    if (dtype == Dtype::f64) return numbers_of<double>(name, tensor, buffer_size);
+    return numbers_of<float>(name, tensor, buffer_size);
+  }
+  void* buffer(const char* name, const std::optional<Tensor>& tensor) const {
+    return tensor ? buffer(name, *tensor) : nullptr;
+  }
+  std::vector<void*> buffers(const char* name, const TensorList& tensors) const {
+    for (const TensorInfo& info : tensors) {
+      const bool fits = info.dtype == (dtype == Dtype::f64 ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32());
+      STD_TORCH_CHECK(count == 0 || fits, name, ": expected ", dtype == Dtype::f64 ? "float64" : "float32",
+                      ", got another dtype");
+      STD_TORCH_CHECK(info.dim == 1 && info.numel >= buffer_size && (info.numel < 2 || info.strides[0] == 1), name,
+                      ": expected a contiguous vector of at least ", buffer_size, " elements, got ", info.numel);
+    }
+    return addresses(tensors);
+  }
+};
+
+// The threads of torch.
+struct Threads {
+  static constexpr int64_t kPerThread = 131072;
+  static int64_t count() { return torch::stable::get_num_threads(); }
+  template <class F>
+  static void share(int64_t n, const F& f) {
+    torch::stable::parallel_for(0, n, 1, f);
+  }
+};
+
+// ---- numbers --------------------------------------------------------------------------------------------------------
+
+struct Hyper {
+  double rho, eta, alpha, max_grad_norm;
+  const double* rule;  // in the order of lookbehind_fused/base.py
+};
+
+Hyper hyper_of(const Tensor& hyper, int64_t of_rule = 0) {
+  const double* h = numbers_of<double>("hyper", hyper, 4 + of_rule);
+  return {h[0], h[1], h[2], h[3], h + 4};
+}
+
+// sqrt of one column's sum: 0 is ||T g||, 1 is ||g||.
+double total_norm(const Tensor& sq_norms, int column) {
+  const double* values = numbers_of<double>("sq_norms", sq_norms, 2 * sq_norms.size(0));
+  double sum = 0;
+  for (int64_t b = 0; b < sq_norms.size(0); ++b) sum += values[2 * b + column];
+  return std::sqrt(sum);
+}
+
+double clip_coefficient(const std::optional<Tensor>& sq_norms, double max_grad_norm) {
+  if (!sq_norms || std::isinf(max_grad_norm)) return 1.0;
+  const double coefficient = max_grad_norm / (total_norm(*sq_norms, 1) + kClipEpsilon);
+  return coefficient > 1.0 ? 1.0 : coefficient;  // NaN stays NaN
+}
+
+// (cos + 1) / 2; the cosine of a zero vector is 0.
+double adaptive_alpha(double dot, double a, double b) {
+  const double norms = std::sqrt(a) * std::sqrt(b);
+  const double cosine = norms == 0 ? 0.0 : dot / norms;
+  return (std::min(std::max(cosine, -1.0), 1.0) + 1) / 2;
+}
+
+template <class T>
+Constants<T> constants(double scale, double factor, double eta, double alpha) {
+  Constants<T> c{};
+  c.scale = T(scale), c.factor = T(factor), c.eta = T(eta), c.alpha = T(alpha);
+  return c;
+}
+
+Rule rule_of(const std::string& name, size_t states) {
+  STD_TORCH_CHECK(name == "sgd" || name == "adam" || name == "none", "rule: expected sgd, adam or none, got ", name);
+  const size_t least = name == "adam" ? 2 : 0, most = name == "adam" ? 3 : name == "sgd" ? 1 : 0;
+  STD_TORCH_CHECK(least <= states && states <= most, "state: expected ", least, " to ", most, " buffers for the rule ",
+                  name, ", got ", states);
+  if (name == "sgd") return states ? Rule::sgd_momentum : Rule::sgd;
+  if (name == "adam") return states > 2 ? Rule::adam_amsgrad : Rule::adam;
+  return Rule::none;
+}
+
+// A rule's constants for a tensor's update number ``step``, in the order of the members in rules.h. Maximizing is a
+// negative scale of the gradient.
+template <class T>
+void set_rule(Constants<T>& c, Rule rule, const double* h, int64_t flags, double step) {
+  if (rule == Rule::sgd || rule == Rule::sgd_momentum) {
+    const double lr = h[0], momentum = h[1], dampening = h[2], weight_decay = h[3];
+    const bool is_first = step == 1, nesterov = flags & kNesterov;
+    const double values[] = {lr,
+                             weight_decay,
+                             is_first ? 0 : momentum,
+                             is_first ? 1 : 1 - dampening,
+                             nesterov ? 1.0 : 0.0,
+                             nesterov ? momentum : 1.0};
+    std::copy(std::begin(values), std::end(values), c.rule);
+  } else if (rule != Rule::none) {
+    const double lr = h[0], beta1 = h[1], beta2 = h[2], eps = h[3], weight_decay = h[4];
+    const bool decoupled = flags & kDecoupled;
+    const double values[] = {
+        lr / (1 - std::pow(beta1, step)), std::sqrt(1 - std::pow(beta2, step)),   1 - beta1, beta2, 1 - beta2, eps,
+        decoupled ? 0.0 : weight_decay,   decoupled ? 1 - lr * weight_decay : 1.0};
+    std::copy(std::begin(values), std::end(values), c.rule);
+  }
+}
+
+// ---- passes ---------------------------------------------------------------------------------------------------------
+
+template <class T>
+std::vector<double> run(const Variant& variant, const Work& work, const std::vector<Constants<T>>& numbers,
+                        const std::vector<Piece>& pieces, int terms = 0) {
+  static const Find find = instruction_set();
+  return walk<T, Threads>(find(variant), work, numbers, pieces, terms);
+}
+
+// Call f with a float or, for double parameters, a double: the type that is computed in.
+template <class F>
+void with_compute_type(Dtype dtype, const F& f) {
+  if (dtype == Dtype::f64)
+    f(double());
+  else
+    f(float());
+}
+
+// A bucket's own row of ``sq_norms``.
+double* row_of(const Tensor& sq_norms, int64_t row) {
+  STD_TORCH_CHECK(0 <= row && sq_norms.dim() == 2 && row < sq_norms.size(0) && sq_norms.size(1) == 2,
+                  "row: expected one of sq_norms, got ", row);
+  return numbers_of<double>("sq_norms", sq_norms, 2 * row + 2) + 2 * row;
+}
+
+// The sums of squares of T g and of g.
+void sum_squares(const Work& work, const Hyper& h, int64_t flags, double* total) {
+  const auto pieces = pieces_of(work.rows, work.count);
+  total[0] = total[1] = 0;
+  with_compute_type(work.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    const std::vector<Constants<T>> numbers(work.count, constants<T>(1, 0, h.eta, 0));
+    const Variant variant{Pass::reduce_sq_norm, work.dtype, Rule::none, bool(flags & kAdaptive)};
+    const auto sums = run<T>(variant, work, numbers, pieces, 2);
+    for (size_t i = 0; i < sums.size(); ++i) total[i % 2] += sums[i];
+  });
+}
+
+void reduce_sq_norm(TensorList params, TensorList grads, std::optional<Tensor> perturbed, Tensor table, Tensor hyper,
+                    int64_t flags, Tensor sq_norms, int64_t row) {
+  Work work(table, params, grads);
+  work.perturbed = work.buffer("perturbed", perturbed);
+  sum_squares(work, hyper_of(hyper), flags, row_of(sq_norms, row));
+}
+
+void ascend(TensorList params, TensorList grads, std::optional<Tensor> perturbed, std::optional<Tensor> slow,
+            Tensor table, Tensor sq_norms, int64_t row, Tensor hyper, int64_t flags) {
+  const Hyper h = hyper_of(hyper);
+  Work work(table, params, grads);
+  if (!slow) work.perturbed = work.buffer("perturbed", perturbed);
+  if (row >= 0) sum_squares(work, h, flags, row_of(sq_norms, row));
+  work.perturbed = work.buffer("perturbed", perturbed);
+  work.slow = work.buffer("slow", slow);
+  with_compute_type(work.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    const double factor = h.rho / (total_norm(sq_norms, 0) + kNormEpsilon);
+    const std::vector<Constants<T>> numbers(work.count, constants<T>(1, factor, h.eta, 0));
+    const Variant variant{Pass::ascend, work.dtype, Rule::none, bool(flags & kAdaptive)};
+    run<T>(variant, work, numbers, pieces_of(work.rows, work.count));
+  });
+}
+
+// What every pass that descends is given beside its weights.
+struct Descent {
+  const TensorList& state;
+  const TensorList& state_from;
+  const Tensor& steps;
+  const std::optional<Tensor>& steps_from;
+  const std::optional<Tensor>& sq_norms;
+  const Tensor& hyper;
+  const std::string& rule;
+  int64_t flags;
+};
+
+std::vector<double> run_descent(Pass pass, Work& work, const Descent& d, const std::vector<Piece>& pieces) {
+  const Rule rule = rule_of(d.rule, d.state.size());
+  const Hyper h = hyper_of(d.hyper, d.rule == "adam" ? 5 : d.rule == "sgd" ? 4 : 0);
+  STD_TORCH_CHECK(d.state_from.empty() || d.state_from.size() == d.state.size(), "state_from: expected none or ",
+                  d.state.size(), " buffers as state has, got ", d.state_from.size());
+  work.state = work.buffers("state", d.state);
+  work.state_from = d.state_from.empty() ? work.state : work.buffers("state_from", d.state_from);
+  float* steps = numbers_of<float>("steps", d.steps, work.row_count);
+  const float* steps_from = d.steps_from ? numbers_of<float>("steps_from", *d.steps_from, work.row_count) : steps;
+  const double sign = d.flags & kMaximize && rule != Rule::none ? -1 : 1;
+  const double scale = sign * clip_coefficient(d.sq_norms, h.max_grad_norm);
+  const double factor = pass == Pass::descend_ascend ? h.rho / (total_norm(*d.sq_norms, 0) + kNormEpsilon) : 0;
+  std::vector<double> sums;
+  with_compute_type(work.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    Constants<T> c = constants<T>(scale, factor, h.eta, h.alpha);
+    std::vector<Constants<T>> numbers;
+    numbers.reserve(work.count);
+    float last = -1;
+    for (int64_t t = 0; t < work.count; ++t) {
+      const float step = steps_from[work.rows[t].row] + 1;
+      if (step != last) set_rule(c, rule, h.rule, d.flags, last = step);
+      steps[work.rows[t].row] = step;
+      numbers.push_back(c);
+    }
+    const Variant variant{pass, work.dtype, rule, bool(d.flags & kAdaptive)};
+    sums = run<T>(variant, work, numbers, pieces, pass == Pass::descend_align ? 3 : 0);
+  });
+  return sums;
+}
+
+void descend(TensorList params, TensorList grads, Tensor fast, std::optional<Tensor> fast_from, TensorList state,
+             TensorList state_from, Tensor steps, std::optional<Tensor> steps_from, Tensor table,
+             std::optional<Tensor> sq_norms, Tensor hyper, std::string rule, int64_t flags) {
+  Work work(table, params, grads);
+  work.fast = work.buffer("fast", fast);
+  work.fast_from = fast_from ? work.buffer("fast_from", fast_from) : work.fast;
+  const Descent d{state, state_from, steps, steps_from, sq_norms, hyper, rule, flags};
+  run_descent(Pass::descend, work, d, pieces_of(work.rows, work.count));
+}
+
+void descend_ascend(TensorList params, TensorList grads, std::optional<Tensor> perturbed, Tensor fast,
+                    std::optional<Tensor> fast_from, TensorList state, TensorList state_from, Tensor steps,
+                    std::optional<Tensor> steps_from, Tensor table, Tensor sq_norms, int64_t row, Tensor hyper,
+                    std::string rule, int64_t flags) {
+  Work work(table, params, grads);
+  work.perturbed = work.buffer("perturbed", perturbed);
+  work.fast = work.buffer("fast", fast);
+  work.fast_from = fast_from ? work.buffer("fast_from", fast_from) : work.fast;
+  if (row >= 0) sum_squares(work, hyper_of(hyper), flags, row_of(sq_norms, row));
+  const std::optional<Tensor> norms = sq_norms;
+  const Descent d{state, state_from, steps, steps_from, norms, hyper, rule, flags};
+  run_descent(Pass::descend_ascend, work, d, pieces_of(work.rows, work.count));
+}
+
+void descend_interpolate(TensorList params, TensorList grads, Tensor slow, Tensor fast, TensorList state,
+                         TensorList state_from, Tensor steps, std::optional<Tensor> steps_from, Tensor table,
+                         std::optional<Tensor> sq_norms, Tensor hyper, std::string rule, int64_t flags) {
+  Work work(table, params, grads);
+  work.slow = work.buffer("slow", slow);
+  work.fast_from = work.buffer("fast", fast);
+  const Descent d{state, state_from, steps, steps_from, sq_norms, hyper, rule, flags};
+  run_descent(Pass::descend_interpolate, work, d, pieces_of(work.rows, work.count));
+}
+
+void descend_align(TensorList params, TensorList grads, std::optional<Tensor> perturbed, Tensor slow, Tensor fast,
+                   Tensor first, TensorList state, TensorList state_from, Tensor steps,
+                   std::optional<Tensor> steps_from, Tensor table, std::optional<Tensor> sq_norms, Tensor hyper,
+                   std::string rule, int64_t flags, Tensor sums) {
+  Work work(table, params, grads);
+  work.perturbed = work.buffer("perturbed", perturbed);
+  work.slow = work.buffer("slow", slow);
+  work.fast_from = work.buffer("fast", fast);
+  work.first = work.buffer("first", first);
+  const Descent d{state, state_from, steps, steps_from, sq_norms, hyper, rule, flags};
+  const auto pieces = pieces_of(work.rows, work.count);
+  const auto terms = run_descent(Pass::descend_align, work, d, pieces);
+  const bool per_tensor = flags & kPerTensor;
+  double* total = numbers_of<double>("sums", sums, 3 * (per_tensor ? work.row_count : 1));
+  for (int64_t t = 0; t < (per_tensor ? work.count : 1); ++t)
+    std::fill_n(total + 3 * (per_tensor ? work.rows[t].row : 0), 3, 0.0);
+  for (size_t i = 0; i < terms.size(); ++i)
+    total[3 * (per_tensor ? work.rows[pieces[i / 3].tensor].row : 0) + i % 3] += terms[i];
+}
+
+void interpolate(TensorList params, std::optional<Tensor> perturbed, Tensor slow, Tensor table, Tensor sums,
+                 int64_t flags) {
+  Work work(table, params);
+  work.perturbed = work.buffer("perturbed", perturbed);
+  work.slow = work.buffer("slow", slow);
+  const double* s = numbers_of<double>("sums", sums, 3 * (flags & kPerTensor ? work.row_count : sums.size(0)));
+  double total[3] = {0, 0, 0};
+  for (int64_t i = 0; i < 3 * sums.size(0); ++i) total[i % 3] += s[i];
+  with_compute_type(work.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    std::vector<Constants<T>> numbers;
+    numbers.reserve(work.count);
+    for (int64_t t = 0; t < work.count; ++t) {
+      const double* own = flags & kPerTensor ? s + 3 * work.rows[t].row : total;
+      numbers.push_back(constants<T>(1, 0, 0, adaptive_alpha(own[0], own[1], own[2])));
+    }
+    const Variant variant{Pass::interpolate, work.dtype, Rule::none, false};
+    run<T>(variant, work, numbers, pieces_of(work.rows, work.count));
+  });
+}
+
+}  // namespace
+}  // namespace lookbehind_fused
+
+STABLE_TORCH_LIBRARY_IMPL(lookbehind_fused, CPU, m) {
+  m.impl("reduce_sq_norm", TORCH_BOX(&lookbehind_fused::reduce_sq_norm));
+  m.impl("ascend", TORCH_BOX(&lookbehind_fused::ascend));
+  m.impl("descend", TORCH_BOX(&lookbehind_fused::descend));
+  m.impl("descend_ascend", TORCH_BOX(&lookbehind_fused::descend_ascend));
+  m.impl("descend_interpolate", TORCH_BOX(&lookbehind_fused::descend_interpolate));
+  m.impl("descend_align", TORCH_BOX(&lookbehind_fused::descend_align));
+  m.impl("interpolate", TORCH_BOX(&lookbehind_fused::interpolate));
+}

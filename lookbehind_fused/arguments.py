@@ -1,0 +1,170 @@
+"""What is accepted: settings, parameter groups, parameters. Errors name the thing, what was expected, and what came."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What one outer step is run with; the arguments of ``Lookbehind``."""
+
+    k: int
+    alpha: float | str
+    alpha_scope: str
+    max_grad_norm: float | None
+
+    @property
+    def aligns(self) -> bool:
+        """Whether alpha is found from fast_1 and fast_k. With k = 1 they are the same, so alpha* = 1."""
+        return self.alpha == "adaptive" and self.k > 1
+
+    @property
+    def static_alpha(self) -> float:
+        return 1.0 if isinstance(self.alpha, str) else float(self.alpha)
+
+
+def checked_settings(k: int, alpha: float | str, alpha_scope: str, max_grad_norm: float | None) -> Settings:
+    """``Settings``, once every one of them is acceptable.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came.
+    """
+    if not isinstance(k, int) or isinstance(k, bool):
+        raise TypeError(f"k: expected an int >= 1, got {k!r}")
+    if k < 1:
+        raise ValueError(f"k: expected an int >= 1, got {k!r}")
+    if alpha != "adaptive" and not (_is_number(alpha) and 0 < alpha <= 1):
+        raise _wrong("alpha", 'a number in (0, 1] or "adaptive"', alpha, (numbers.Real, str))
+    if alpha_scope not in ("global", "tensor"):
+        raise _wrong("alpha_scope", '"global" or "tensor"', alpha_scope, (str,))
+    if max_grad_norm is not None and not (_is_number(max_grad_norm) and 0 < max_grad_norm < math.inf):
+        raise _wrong("max_grad_norm", "None or a finite number > 0", max_grad_norm, (numbers.Real,))
+    return Settings(k, alpha, alpha_scope, max_grad_norm)
+
+
+def check_group(group: dict[str, Any], where: str = "") -> None:
+    """Refuse a group's rho, eta or adaptive; ``where`` says whose, if not the constructor's."""
+    for name in ("rho", "eta"):
+        value = group[name]
+        if not (_is_number(value) and 0 <= value < math.inf):
+            raise _wrong(f"{where}[{name!r}]" if where else name, "a finite number >= 0", value, (numbers.Real,))
+    check_bool(f"{where}['adaptive']" if where else "adaptive", group["adaptive"])
+
+
+def check_bool(name: str, value: Any) -> None:
+    """Refuse anything but True and False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: expected True or False, got {value!r}")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+def _wrong(name: str, expected: str, value: Any, types: tuple[type, ...]) -> Exception:
+    """The error for an unacceptable value: ValueError where its type could have been right, else TypeError."""
+    error = ValueError if isinstance(value, types) and not isinstance(value, bool) else TypeError
+    return error(f"{name}: expected {expected}, got {value!r}")
+
+
+# ---- parameters ------------------------------------------------------------------------------------------------------
+
+
+def check_parameters(params: Sequence[Tensor], names: Sequence[str]) -> None:
+    """Refuse what the kernels cannot take.
+
+    Raises:
+        ValueError: a parameter is lazy, complex, sparse, on the meta device, a wrapper subclass (such as DTensor), of a
+            floating dtype other than float64, float32, bfloat16 and float16, not dense, or overlaps another one in
+            memory.
+    """
+    for p, name in zip(params, names, strict=True):
+        if torch.nn.parameter.is_lazy(p):
+            raise ValueError(
+                f"{name}: expected an initialized parameter, got {type(p).__name__}; run the model once first"
+            )
+        reason = _unsuitable(p)
+        if reason:
+            raise ValueError(f"{name}: expected {reason}, got {describe(*layout(p)[:3])}, strides {_strides(p)}")
+    _check_overlap(params, names)
+
+
+def _unsuitable(p: Tensor) -> str | None:
+    """What was expected of a parameter that is not acceptable."""
+    if is_traceable_wrapper_subclass(p):
+        return f"a plain tensor, not a {type(p).__name__}"
+    if p.layout != torch.strided:
+        return f"a dense tensor, not one of layout {p.layout}"
+    if p.is_meta:
+        return "a tensor with memory, not on the meta device"
+    if p.is_complex():
+        return "a real tensor"
+    if p.is_floating_point() and p.dtype not in DTYPES:
+        return "dtype " + ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+    if not _is_dense(p):
+        return "a tensor whose elements fill its memory once, without gaps or overlap"
+    return None
+
+
+def _check_overlap(params: Sequence[Tensor], names: Sequence[str]) -> None:
+    spans = sorted(
+        (str(p.device), p.data_ptr(), p.data_ptr() + p.numel() * p.element_size(), i)
+        for i, p in enumerate(params)
+        if p.numel()
+    )
+    for (device, _, end, i), (next_device, start, _, j) in pairwise(spans):
+        if device == next_device and start < end:
+            first, second = sorted((i, j))
+            same = "is the same tensor as" if params[i] is params[j] else "overlaps in memory with"
+            raise ValueError(
+                f"{names[second]} {same} {names[first]}: expected every parameter to have memory of its own"
+            )
+
+
+def memory_order(x: Tensor) -> tuple[int, ...] | None:
+    """The strides of all dimensions of more than one element; None if the elements do not fill the memory once."""
+    sizes_and_strides = [(stride, size) for stride, size in zip(x.stride(), x.shape, strict=True) if size != 1]
+    expected = 1
+    for stride, size in sorted(sizes_and_strides):
+        if stride != expected and x.numel():
+            return None
+        expected *= size
+    return tuple(stride for stride, _ in sizes_and_strides)
+
+
+def _is_dense(x: Tensor) -> bool:
+    return memory_order(x) is not None
+
+
+def layout(p: Tensor) -> tuple:
+    """Shape, dtype, device and strides of a tensor."""
+    return p.shape, p.dtype, p.device, p.stride() if p.layout == torch.strided else ()
+
+
+def _strides(p: Tensor) -> tuple[int, ...] | str:
+    return p.stride() if p.layout == torch.strided else "none"
+
+
+def describe(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> str:
+    """A tensor in words."""
+    return f"shape {tuple(shape)}, {str(dtype).removeprefix('torch.')}, {device}"
+
+
+def name_of(index: int, name: str | None, p: Tensor) -> str:
+    """What a tensor is called in messages: its index in the optimizer, its name if known, shape and dtype."""
+    known = f" {name!r}" if name else ""
+    if torch.nn.parameter.is_lazy(p):
+        return f"parameter {index}{known}"
+    return f"parameter {index}{known} (shape {tuple(p.shape)}, {str(p.dtype).removeprefix('torch.')})"

@@ -1,0 +1,703 @@
+"""The native ops by themselves: each pass against the reference in float64, on every instruction set and thread count.
+
+What the optimizer does with them is tested elsewhere, for every backend alike.
+"""
+
+import functools
+import hashlib
+import inspect
+import itertools
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lookbehind_fused import Lookbehind
+from lookbehind_fused.kernels import BACKENDS, SCHEMAS, Flag, native, reference
+from tests.conftest import LOW_PRECISION, Duel, assert_close, assert_equal, dense, drive, scaled_error
+from tests.test_parameters import OPTIONS, parameters
+from tests.test_parameters import RULES as BASES
+
+ROOT = Path(__file__).resolve().parent.parent
+OPS = {name: getattr(torch.ops.lookbehind_fused, name).default for name in SCHEMAS}
+ARGUMENTS = {name: [a.name for a in op._schema.arguments] for name, op in OPS.items()}
+WRITTEN = {
+    name: [a.name for a in op._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
+    for name, op in OPS.items()
+}
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2e-6, torch.float16: 2e-6}
+
+# name: rule, buffers of its state, flags; hyperparameters none of which is at its default
+RULES = {
+    "none": ("none", 0, 0),
+    "sgd": ("sgd", 0, 0),
+    "sgd-maximize": ("sgd", 0, Flag.MAXIMIZE),
+    "momentum": ("sgd", 1, 0),
+    "nesterov": ("sgd", 1, Flag.NESTEROV | Flag.MAXIMIZE),
+    "adam": ("adam", 2, 0),
+    "adam-amsgrad": ("adam", 3, Flag.AMSGRAD | Flag.MAXIMIZE),
+    "adamw": ("adam", 2, Flag.DECOUPLED),
+    "adamw-amsgrad": ("adam", 3, Flag.AMSGRAD | Flag.DECOUPLED),
+}
+HYPER = {"none": [], "sgd": [0.11, 0.8, 0.3, 0.02], "adam": [0.013, 0.8, 0.97, 1e-3, 0.05]}
+BUFFERS = {"perturbed", "slow", "fast", "fast_from", "first", "state", "state_from"}
+SIZES = [7, 1, 0, 130, 16_385, 33, 512, 1000]
+DESCENTS = [name for name in SCHEMAS if name.startswith("descend")]
+VARIANTS = [(name, rule) for name in SCHEMAS for rule in (RULES if name in DESCENTS else ["none"])]
+
+
+class Case:
+    """The arguments of one op, with numbers of the size of one in all of them and NaN in all memory between.
+
+    Args:
+        name: of the op.
+        sizes: elements of each tensor; a tuple is a shape. Tensors begin at odd addresses.
+        flags: beside those of the rule.
+        apart: old values are read from other buffers than those that are written.
+        row: the bucket's own row of ``sq_norms``, filled by a pass that ascends; -1 leaves it as it is.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        dtype: torch.dtype,
+        sizes: list[Any],
+        rule: str = "none",
+        flags: int = 0,
+        *,
+        apart: bool = True,
+        row: int = 1,
+        seed: int = 0,
+    ) -> None:
+        self.name, self.dtype = name, dtype
+        self.generator = torch.Generator().manual_seed(seed)
+        self.compute = torch.float64 if dtype == torch.float64 else torch.float32
+        self.shapes = [(size,) if isinstance(size, int) else size for size in sizes]
+        count, unit, start = len(sizes), 64 // self.compute.itemsize, 16
+        self.spans = []
+        for shape in self.shapes:
+            self.spans.append(slice(start, start + torch.Size(shape).numel()))
+            start += -(-torch.Size(shape).numel() // unit) * unit
+        self.size = start + 5
+        rule_name, states, own_flags = RULES[rule]
+        table = [[count - 1 - t, span.start, span.stop - span.start] for t, span in enumerate(self.spans)]
+        low = dtype in LOW_PRECISION
+        rows = count if flags & Flag.PER_TENSOR else 2 if name == "interpolate" else 1
+        sums = torch.rand(rows, 3, generator=self.generator, dtype=torch.float64) * 0.5 + 1.0
+        everything = {
+            "params": [self.tensor(shape, t % 3) for t, shape in enumerate(self.shapes)],
+            "grads": [self.tensor(shape, (t + 1) % 4) for t, shape in enumerate(self.shapes)],
+            "perturbed": self.buffer() if low else None,
+            "slow": self.buffer(),
+            "fast": self.buffer(),
+            "fast_from": self.buffer() if apart else None,
+            "first": self.buffer(),
+            "state": [self.buffer(positive=s > 0) for s in range(states)],
+            "state_from": [self.buffer(positive=s > 0) for s in range(states)] if apart else [],
+            "steps": torch.arange(count, dtype=torch.float32) % 4,
+            "steps_from": torch.arange(count, dtype=torch.float32).flip(0) % 3 if apart else None,
+            "table": torch.tensor(table, dtype=torch.int64).view(-1, 3),
+            "sq_norms": torch.tensor([[3.0, 4.0], [1.5, 2.0]], dtype=torch.float64),
+            "row": row,
+            "hyper": torch.tensor([0.3, 0.03, 0.3, 1.5, *HYPER[rule_name]], dtype=torch.float64),
+            "rule": rule_name,
+            "flags": int(own_flags | flags),
+            "sums": sums if name == "interpolate" else torch.full_like(sums, float("nan")),
+        }
+        self.arguments = {key: everything[key] for key in ARGUMENTS[name]}
+
+    def random(self, shape: Any) -> Tensor:
+        return torch.randn(shape, generator=self.generator, dtype=torch.float64)
+
+    def tensor(self, shape: Any, offset: int) -> Tensor:
+        return dense(self.random(shape).to(self.dtype), None, offset)
+
+    def buffer(self, positive: bool = False) -> Tensor:
+        buffer = torch.full((self.size,), float("nan"), dtype=self.compute)
+        for span in self.spans:
+            values = self.random((span.stop - span.start,))
+            buffer[span] = (values.abs() if positive else values).to(self.compute)
+        return buffer
+
+    def copies(self, dtype: torch.dtype | None = None) -> dict[str, Any]:
+        """The arguments with memory of their own, at the same offsets; with ``dtype``, what is walked over is in it."""
+
+        def one(key: str, value: Any) -> Any:
+            if isinstance(value, list):
+                return [one(key, entry) for entry in value]
+            if not isinstance(value, Tensor):
+                return value
+            if key in ("params", "grads"):
+                return dense(value.to(dtype or value.dtype), None, value.storage_offset())
+            return value.clone().to(dtype if key in BUFFERS and dtype else value.dtype)
+
+        return {key: one(key, value) for key, value in self.arguments.items()}
+
+    def run(self, backend: Any, dtype: torch.dtype | None = None) -> dict[str, Any]:
+        """All arguments after the op has run on copies of them."""
+        arguments = self.copies(dtype)
+        getattr(backend, self.name)(**arguments)
+        return arguments
+
+    def check(self) -> None:
+        """native against the reference in float64: what is written, and that nothing else is."""
+        found, expected = self.run(native), self.run(reference, torch.float64)
+        self.check_written(found, expected)
+        for key, before in self.arguments.items():
+            for value, a, e in zip(listed(before), listed(found[key]), listed(expected[key]), strict=True):
+                if isinstance(value, Tensor) and key not in WRITTEN[self.name]:
+                    assert_equal(f"{self.name}: {key} of native", a, value)
+                    assert_equal(f"{self.name}: {key} of the reference", e, value.to(e.dtype))
+                elif isinstance(value, Tensor) and key in BUFFERS:
+                    between = blanked(value, self.spans)
+                    assert_equal(f"{self.name}: {key} between the tensors", blanked(a, self.spans), between)
+
+    def check_written(self, found: dict[str, Any], expected: dict[str, Any]) -> None:
+        """What the op writes, tensor by tensor."""
+        for key in WRITTEN[self.name]:
+            for i, (a, e) in enumerate(zip(listed(found[key]), listed(expected[key]), strict=True)):
+                if a is not None:
+                    for part in self.spans if key in BUFFERS else [...]:
+                        self.compare(f"{self.name}: {key}[{i}]", key, a[part], e[part])
+
+    def compare(self, what: str, key: str, a: Tensor, e: Tensor) -> None:
+        assert bool(e.isfinite().all()) or key == "sums", what
+        if key == "steps":
+            assert_equal(what, a, e)
+            return
+        if key == "params" and self.dtype in LOW_PRECISION:  # one rounding, and the boundary may be on the other side
+            near = e.abs() * (torch.finfo(self.dtype).eps / 2) + torch.finfo(self.dtype).smallest_normal * 2**-10
+            beyond = ((a.double() - e).abs() - near).clamp(min=0)
+            error = scaled_error(beyond, torch.zeros_like(beyond))
+        else:
+            a, e = (x.nan_to_num(nan=-7.0) if key == "sums" else x for x in (a, e))  # rows of nobody stay NaN
+            error = scaled_error(a, e)
+        assert error <= TOLERANCE[self.dtype], f"{what}: {error:.2e}"
+
+
+def listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def blanked(buffer: Tensor, spans: list[slice]) -> Tensor:
+    """What lies between the tensors of a flat buffer."""
+    buffer = buffer.clone()
+    for span in spans:
+        buffer[span] = 0.0
+    return buffer
+
+
+# ---- each pass -------------------------------------------------------------------------------------------------------
+
+
+def cases(dtype: torch.dtype, name: str, rule: str, sizes: list[Any] = SIZES) -> Iterator[Case]:
+    """Every way to call a pass: ASAM or not, in place or not, sums by tensor or not, the norm in it or before it."""
+    scopes = (0, Flag.PER_TENSOR) if name in ("descend_align", "interpolate") else (0,)
+    scaled = (0, Flag.ADAPTIVE) if name in ("reduce_sq_norm", "ascend", "descend_ascend") else (0,)
+    apart = (True, False) if name in DESCENTS else (True,)
+    rows = (1, -1) if name in ("ascend", "descend_ascend") else (1,)
+    for number, (scope, t, a, row) in enumerate(itertools.product(scopes, scaled, apart, rows)):
+        yield Case(name, dtype, sizes, rule, scope | t, apart=a, row=row, seed=number)
+
+
+def check_conversions() -> None:
+    """All values of 16 bits are read exactly, and float32 is rounded as torch rounds: see the test of that name."""
+    for dtype in LOW_PRECISION:
+        patterns = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+        case = Case("ascend", dtype, [patterns.numel()], row=-1)
+        arguments = case.copies()
+        arguments["params"][0].copy_(patterns)
+        arguments["grads"][0].fill_(-0.0)
+        native.ascend(**arguments)
+        assert_bits(f"{dtype} as a weight", arguments["slow"][case.spans[0]], patterns.float())
+        assert_bits(f"{dtype} there and back", arguments["params"][0], patterns)
+
+        case = Case("descend", dtype, [patterns.numel()], "sgd")
+        arguments = case.copies()
+        arguments["grads"][0].copy_(patterns)
+        arguments["fast_from"].fill_(-0.0)
+        arguments["hyper"].copy_(torch.tensor([0.0, 0.0, 1.0, float("inf"), -1.0, 0.0, 0.0, 0.0]))
+        native.descend(**arguments)
+        assert_bits(f"{dtype} as a gradient", arguments["fast"][case.spans[0]] + 0.0, patterns.float() + 0.0)
+
+        high = torch.arange(2**16, dtype=torch.int64)[:, None] * 2**16
+        steps = torch.arange(16)[:, None] * 2**12 + torch.tensor([-1, 0, 1])  # 2^12 is half a unit of fp16
+        bits = (high + (steps.flatten() % 2**16)).flatten()
+        bits = torch.cat([bits, torch.randint(2**32, (500_000,), generator=torch.Generator().manual_seed(1))])
+        values = torch.where(bits < 2**31, bits, bits - 2**32).to(torch.int32).view(torch.float32)
+        case = Case("descend_align", dtype, [values.numel()], "none")
+        arguments = case.copies()
+        arguments["fast"][case.spans[0]] = values
+        native.descend_align(**arguments)
+        assert_bits(f"float32 kept beside {dtype}", arguments["perturbed"][case.spans[0]], values)
+        assert_bits(f"float32 as {dtype}", arguments["params"][0], values.to(dtype))
+
+
+def assert_bits(what: str, actual: Tensor, expected: Tensor) -> None:
+    """The same bits, the sign of zero included; NaN stays NaN, whichever."""
+    assert actual.dtype == expected.dtype
+    kind = {2: torch.int16, 4: torch.int32}[actual.dtype.itemsize]
+    same = (actual.contiguous().view(kind) == expected.contiguous().view(kind)) | (actual.isnan() & expected.isnan())
+    wrong = (~same).nonzero().flatten()[:5]
+    assert not len(wrong), f"{what}: {int((~same).sum())} differ, as {actual[wrong]} for {expected[wrong]}"
+    assert not bool((actual.isnan() ^ expected.isnan()).any())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("name", "rule"), VARIANTS)
+def test_a_pass_is_the_reference_in_float64(name: str, rule: str, dtype: torch.dtype) -> None:
+    """fp32 to 2e-6, fp64 to 1e-12; what is not to be written is not, nor what lies between the tensors."""
+    for case in cases(dtype, name, rule):
+        case.check()
+
+
+@pytest.mark.parametrize(
+    ("key", "change"),
+    [
+        *[("hyper", lambda x, i=i, by=by: x[i].mul_(by)) for i, by in [(0, 1.01), (1, 1.01), (3, 1.01), (4, 1.001)]],
+        *[("hyper", lambda x, i=i, by=by: x[i].mul_(by)) for i, by in [(5, 1.0001), (6, 1.0001), (7, 1.5), (8, 1.01)]],
+        *[("flags", lambda x, flag=flag: x ^ flag) for flag in (Flag.ADAPTIVE, Flag.MAXIMIZE, Flag.DECOUPLED)],
+        ("row", lambda x: 0),
+        ("fast_from", lambda x: None),
+        ("state_from", lambda x: []),
+        ("steps_from", lambda x: x.add_(1)),
+    ],
+)
+def test_a_wrong_number_is_seen(key: str, change: Any) -> None:
+    """The comparison above notices it if native is given a number, a flag or a buffer that is not the reference's."""
+    case = Case("descend_ascend", torch.float32, SIZES, "adam-amsgrad", Flag.ADAPTIVE)
+    arguments = case.copies()
+    changed = change(arguments[key])
+    arguments[key] = arguments[key] if key == "hyper" else changed
+    native.descend_ascend(**arguments)
+    expected = case.run(reference, torch.float64)
+    with pytest.raises(AssertionError, match=r"descend_ascend: |^steps"):
+        case.check_written(arguments, expected)
+    case.check_written(case.run(native), expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", SCHEMAS)
+def test_every_tail_at_every_alignment(name: str, dtype: torch.dtype) -> None:
+    """130 tensors of 1 to 130 elements: every length of a vectorised loop's tail; addresses as they come."""
+    for rule in ("nesterov", "adam-amsgrad") if name in DESCENTS else ("none",):
+        Case(name, dtype, list(range(1, 131)), rule, Flag.ADAPTIVE | Flag.PER_TENSOR).check()
+
+
+@pytest.mark.parametrize("sizes", [[1], [()], [(), 0, (2, 0, 3), (1, 1), ()], [0, 0, 0], [(3, 5, 7), 2]], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", SCHEMAS)
+def test_tensors_of_one_element_and_of_none(name: str, dtype: torch.dtype, sizes: list[Any]) -> None:
+    for rule in ("nesterov", "adamw") if name in DESCENTS else ("none",):
+        Case(name, dtype, sizes, rule, Flag.ADAPTIVE).check()
+
+
+@pytest.mark.parametrize("name", SCHEMAS)
+def test_ten_thousand_tensors(name: str) -> None:
+    sizes = [(37 * t) % 11 for t in range(10_000)]
+    Case(name, torch.float32, sizes, "momentum" if name in DESCENTS else "none", Flag.PER_TENSOR).check()
+
+
+@pytest.mark.parametrize("name", SCHEMAS)
+def test_empty_lists(name: str) -> None:
+    """Nothing to do: sums are zero, everything else stays as it was."""
+    case = Case(name, torch.float64, [], "momentum" if name in DESCENTS else "none")
+    after = case.run(native)
+    for key, value in case.arguments.items():
+        if key == "sq_norms" and key in WRITTEN[name]:
+            expected = torch.tensor([[3.0, 4.0], [0.0, 0.0]], dtype=torch.float64)
+            assert_equal(key, after[key], expected)
+        elif key == "sums" and key in WRITTEN[name]:
+            assert_equal(key, after[key][0], torch.zeros(3, dtype=torch.float64))
+        else:
+            for a, b in zip(listed(after[key]), listed(value), strict=True):
+                assert_equal(key, a, b) if isinstance(a, Tensor) else None
+
+
+@pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.AdamW])
+def test_an_optimizer_whose_tensors_are_all_empty(base: type[torch.optim.Optimizer]) -> None:
+    params = [nn.Parameter(torch.zeros(0)), nn.Parameter(torch.zeros(2, 0, dtype=torch.bfloat16))]
+    optimizer = Lookbehind(params, base, lr=0.1, k=3, alpha="adaptive", adaptive=True, backend="native")
+
+    def evaluate(_: int) -> Tensor:
+        for p in params:
+            p.grad = torch.zeros_like(p)
+        return torch.zeros(())
+
+    drive(optimizer, "step", evaluate, 3)
+    assert optimizer.diagnostics["grad_norm"].item() == 0.0
+    assert optimizer.diagnostics["alpha"].item() == 0.5  # the cosine of zero vectors is 0
+
+
+def test_ten_thousand_tensors_in_an_optimizer() -> None:
+    """One outer step of ASAM with Adam against the transcription in float64."""
+    shapes = [((37 * t) % 5,) if t % 3 else () for t in range(10_000)]
+    params = parameters(*shapes, dtype=torch.float32)
+    duel = Duel("native", [{"params": params, "adaptive": True}], *BASES["adam"], OPTIONS, oracle_dtype=torch.float64)
+    duel.step()
+    for e, (points, expected) in enumerate(zip(duel.points, duel.expected_points, strict=True)):
+        assert_close(f"points at evaluation {e}", joined(points), joined(expected), 2e-6)
+    assert_close("weights", joined(params), joined(duel.expected), 2e-6)
+    for key in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "step"):
+        found = [torch.as_tensor(duel.optimizer.state[p][key]) for p in params]
+        assert_close(key, joined(found), joined([torch.as_tensor(entry[key]) for entry in duel.base.state]), 2e-6)
+
+
+def joined(tensors: list[Tensor]) -> Tensor:
+    return torch.cat([t.detach().flatten().double() for t in tensors])
+
+
+# ---- precision -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("alpha", [0.3, "adaptive"])
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("dtype", LOW_PRECISION, ids=str)
+def test_low_precision_is_as_exact_as_the_reference(dtype: torch.dtype, base: str, alpha: float | str) -> None:
+    """The error to float64 is at most twice the reference's own, in weights, evaluation points and state."""
+
+    def errors(backend: str) -> dict[str, float]:
+        params = parameters((5000,), (33, 71), dtype=dtype)
+        groups = [{"params": params, "adaptive": True}]
+        options = {**OPTIONS, "alpha": alpha}
+        duel = Duel(backend, groups, *BASES[base], options, oracle_dtype=torch.float64, curvature=0.0)
+        found: dict[str, float] = {}
+        for _ in range(3):
+            duel.step()
+            found["weights"] = max(found.get("weights", 0), scaled_error(joined(params), joined(duel.expected)))
+            for points, expected in zip(duel.points[1:], duel.expected_points[1:], strict=True):
+                found["points"] = max(found.get("points", 0), scaled_error(joined(points), joined(expected)))
+            for p, entries in zip(params, duel.base.state, strict=True):
+                for key, value in entries.items():
+                    actual = torch.as_tensor(duel.optimizer.base_optimizer.state[p][key])
+                    found[key] = max(found.get(key, 0), scaled_error(actual, torch.as_tensor(value)))
+            duel.synchronise()
+        return found
+
+    ours, theirs = errors("native"), errors("reference")
+    assert set(ours) == set(theirs)
+    assert theirs["weights"] > 0
+    assert {key: (value, theirs[key]) for key, value in ours.items() if value > 2 * theirs[key]} == {}
+
+
+def test_conversions_are_torchs() -> None:
+    """Every value of 16 bits is read as it is; float32 is rounded to nearest, ties to even, as ``.to(dtype)`` does.
+
+    All upper halves of a float32, with all lower halves that are next to or on a rounding boundary, subnormal numbers,
+    overflow, infinity and NaN among them, and half a million random ones.
+    """
+    check_conversions()
+
+
+# ---- threads ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", SCHEMAS)
+def test_the_number_of_threads_changes_no_bit(name: str, dtype: torch.dtype) -> None:
+    """1, 2 and 7 threads over more than 10^6 elements in tensors of odd sizes: norms, alphas by tensor, everything."""
+    sizes = [1_000_003, 1, 0, 70_001, 131_072, 3, 16_385]
+    case = Case(name, dtype, sizes, "adam-amsgrad" if name in DESCENTS else "none", Flag.ADAPTIVE | Flag.PER_TENSOR)
+    results = []
+    for threads in (1, 2, 7, 1):
+        torch.set_num_threads(threads)
+        results.append(case.run(native))
+        if threads == 7:
+            assert len(os.listdir("/proc/self/task")) >= 7, "the work was not shared at all"
+    for key in WRITTEN[name]:
+        for result in results[1:]:
+            for a, e in zip(listed(result[key]), listed(results[0][key]), strict=True):
+                if a is not None:
+                    assert_equal(f"{name}: {key}", a, e)
+    torch.set_num_threads(2)
+    case.check()
+
+
+# ---- instruction sets ------------------------------------------------------------------------------------------------
+
+
+def check_everything() -> None:
+    """In a process of its own, on the instruction set that LOOKBEHIND_ISA names; prints a hash of all results."""
+    torch.set_num_threads(1)
+    found = hashlib.sha256()
+    for dtype in DTYPES:
+        for name, rule in VARIANTS:
+            for case in cases(dtype, name, rule):
+                case.check()
+                after = case.run(native)
+                for key in WRITTEN[name]:
+                    for tensor in listed(after[key]):
+                        if tensor is not None:
+                            found.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    check_conversions()
+    print(found.hexdigest())
+
+
+@functools.cache
+def on_instruction_set(isa: str, code: str) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "LOOKBEHIND_ISA": isa}
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+
+
+LEVELS = ["DEFAULT", "AVX2", "AVX512"]
+
+
+EVERYTHING = "from tests.test_native import check_everything as go; go()"
+
+
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+def test_every_instruction_set(isa: str) -> None:
+    """All passes and all conversions; AVX2 and AVX-512 give the same bits, plain x86-64 has no fused operations."""
+    here = torch.backends.cpu.get_cpu_capability()
+    if here not in LEVELS or LEVELS.index(here) < ["baseline", "avx2", "avx512"].index(isa):
+        pytest.skip(f"this machine has no {isa}: torch reports {here}")
+    done = on_instruction_set(isa, EVERYTHING)
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.strip()) == 64
+    if isa != "baseline":
+        weaker = on_instruction_set("baseline" if isa == "avx2" else "avx2", EVERYTHING)
+        assert (weaker.stdout == done.stdout) == (isa == "avx512")
+
+
+def test_an_unknown_instruction_set_is_an_error() -> None:
+    code = "from tests.test_native import Case, native; import torch; Case('ascend', torch.float32, [3]).run(native)"
+    done = on_instruction_set("sse9", code)
+    assert done.returncode != 0
+    assert "LOOKBEHIND_ISA: expected baseline, avx2 or avx512" in done.stderr
+    assert "got sse9" in done.stderr
+    assert on_instruction_set("baseline", code).returncode == 0
+
+
+# ---- the ops ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_one_schema_table(backend: str) -> None:
+    """Each backend has a function for each schema, and it takes the schema's arguments."""
+    module = BACKENDS[backend]
+    for name in SCHEMAS:
+        signature = inspect.signature(getattr(module, name))
+        if module is reference:
+            assert list(signature.parameters) == ARGUMENTS[name]
+        else:  # takes whatever the op takes
+            assert [p.kind for p in signature.parameters.values()] == [inspect.Parameter.VAR_KEYWORD]
+
+
+def test_the_library_implements_the_schemas_and_nothing_else() -> None:
+    for name, schema in SCHEMAS.items():
+        assert OPS[name]._schema == torch._C.parse_schema(f"lookbehind_fused::{name}{schema}")
+    registered = torch._C._dispatch_get_registrations_for_dispatch_key("CPU")
+    assert {r for r in registered if r.startswith("lookbehind_fused::")} == {f"lookbehind_fused::{n}" for n in SCHEMAS}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", SCHEMAS)
+def test_opcheck(name: str, dtype: torch.dtype) -> None:
+    """What an op says that it writes is what it writes; it works with fake tensors and under AOTAutograd."""
+    case = Case(name, dtype, [3, 17, 1], "adam-amsgrad" if name in DESCENTS else "none", Flag.ADAPTIVE)
+    torch.library.opcheck(OPS[name], (), case.copies())
+
+
+@pytest.mark.parametrize("name", SCHEMAS)
+def test_version_counters(name: str) -> None:
+    """Of all that is written, and of nothing else."""
+    case = Case(name, torch.bfloat16, [3, 17, 1], "momentum" if name in DESCENTS else "none")
+    arguments = case.copies()
+
+    def versions() -> dict[str, list[int]]:
+        return {key: [x._version for x in listed(value) if isinstance(x, Tensor)] for key, value in arguments.items()}
+
+    before = versions()
+    getattr(native, name)(**arguments)
+    for key, after in versions().items():
+        grown = [b > a for a, b in zip(before[key], after, strict=True)]
+        assert grown == [key in WRITTEN[name]] * len(grown), key
+
+
+def test_backward_through_a_tensor_saved_before_the_update_raises() -> None:
+    for name in ("ascend", "descend_ascend", "descend_interpolate", "descend_align", "interpolate"):
+        arguments = Case(name, torch.float32, [5, 2], "sgd" if name in DESCENTS else "none").copies()
+        params = arguments["params"] = [nn.Parameter(p) for p in arguments["params"]]
+        loss = sum(p.square().sum() for p in params)
+        with torch.no_grad():
+            getattr(native, name)(**arguments)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+
+
+def spoiled(case: Case, key: str, change: Any) -> dict[str, Any]:
+    arguments = case.copies()
+    arguments[key] = change(arguments[key])
+    return arguments
+
+
+REFUSED = {
+    "fewer gradients": ("grads", lambda x: x[:-1]),
+    "more gradients": ("grads", lambda x: [*x, x[0]]),
+    "fewer params": ("params", lambda x: x[:-1]),
+    "no params": ("params", lambda x: []),
+    "a short table": ("table", lambda x: x[:-1]),
+    "an int32 table": ("table", lambda x: x.int()),
+    "a table of other sizes": ("table", lambda x: x + torch.tensor([0, 0, 1])),
+    "a table of negative starts": ("table", lambda x: x - torch.tensor([0, 1000, 0])),
+    "a float64 gradient": ("grads", lambda x: [*x[:-1], x[-1].double()]),
+    "bf16 gradients": ("grads", lambda x: [g.bfloat16() for g in x]),
+    "a float64 parameter": ("params", lambda x: [*x[:-1], x[-1].double()]),
+    "integer parameters": ("params", lambda x: [p.int() for p in x]),
+    "a longer gradient": ("grads", lambda x: [*x[:-1], torch.zeros(len(x[-1]) + 1)]),
+    "a gradient of another shape": ("grads", lambda x: [*x[:-1], x[-1].view(1, -1)]),
+    "a float64 fast": ("fast", lambda x: x.double()),
+    "a short fast": ("fast", lambda x: x[:20]),
+    "a strided fast": ("fast", lambda x: x.repeat_interleave(2)[::2]),
+    "a bf16 fast_from": ("fast_from", lambda x: x.bfloat16()),
+    "a short fast_from": ("fast_from", lambda x: x[:20]),
+    "a float64 state": ("state", lambda x: [x[0], x[1].double()]),
+    "a short state": ("state", lambda x: [x[0], x[1][:20]]),
+    "too few states": ("state", lambda x: x[:1]),
+    "too many states": ("state", lambda x: [*x, x[0].clone(), x[0].clone()]),
+    "too few states to read": ("state_from", lambda x: x[:1]),
+    "a short state to read": ("state_from", lambda x: [x[0], x[1][:20]]),
+    "integer steps": ("steps", lambda x: x.long()),
+    "too few steps": ("steps", lambda x: x[:-1]),
+    "too few steps to read": ("steps_from", lambda x: x[:-1]),
+    "float32 hyper": ("hyper", lambda x: x.float()),
+    "too short hyper": ("hyper", lambda x: x[:-1]),
+    "float32 norms": ("sq_norms", lambda x: x.float()),
+    "a row beyond the norms": ("row", lambda x: 2),
+    "another rule": ("rule", lambda x: "lion"),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_refused_arguments(what: str) -> None:
+    """Named in the error, and nothing is written but the norm, which is of no use to anyone else."""
+    key, change = REFUSED[what]
+    case = Case("descend_ascend", torch.float32, [3, 40, 5], "adam")
+    arguments = spoiled(case, key, change)
+    before = {
+        k: [x.clone() for x in listed(v) if isinstance(x, Tensor)] for k, v in arguments.items() if k != "sq_norms"
+    }
+    names = {"params": "params|grads|table", "table": "params|table"}.get(key, key)
+    with pytest.raises(RuntimeError, match=rf"\b({names})\b"):
+        native.descend_ascend(**arguments)
+    for k, tensors in before.items():
+        for a, e in zip((x for x in listed(arguments[k]) if isinstance(x, Tensor)), tensors, strict=True):
+            assert_equal(k, a, e)
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "change"),
+    [
+        ("reduce_sq_norm", "sq_norms", lambda x: x.float()),
+        ("reduce_sq_norm", "row", lambda x: -1),
+        ("ascend", "slow", lambda x: x[:20]),
+        ("ascend", "grads", lambda x: x[:1]),
+        ("descend", "grads", lambda x: x[:1]),
+        ("descend_interpolate", "slow", lambda x: x.double()),
+        ("descend_align", "first", lambda x: x[:20]),
+        ("descend_align", "sums", lambda x: x.float()),
+        ("descend_align", "sums", lambda x: x[:-1]),
+        ("interpolate", "sums", lambda x: x.float()),
+        ("interpolate", "sums", lambda x: x[:-1]),
+        ("interpolate", "params", lambda x: x[:1]),
+        ("interpolate", "slow", lambda x: x[:20]),
+    ],
+)
+def test_refused_arguments_of_the_other_passes(name: str, key: str, change: Any) -> None:
+    case = Case(name, torch.float32, [3, 40, 5], "momentum" if name in DESCENTS else "none", Flag.PER_TENSOR)
+    case.check()
+    with pytest.raises(RuntimeError, match=rf"\b{key}\b"):
+        getattr(native, name)(**spoiled(case, key, change))
+
+
+@pytest.mark.parametrize("key", ["perturbed", "slow"])
+def test_refused_buffers_of_low_precision(key: str) -> None:
+    """They are float32, not of the parameters' dtype."""
+    case = Case("ascend", torch.bfloat16, [3, 40, 5])
+    with pytest.raises(RuntimeError, match=rf"\b{key}: expected float32"):
+        native.ascend(**spoiled(case, key, lambda x: x.bfloat16()))
+
+
+def test_the_profiler_shows_the_passes() -> None:
+    params = [nn.Parameter(torch.ones(5)), nn.Parameter(torch.ones(3, dtype=torch.float64))]
+
+    def step(optimizer: Lookbehind, form: str) -> None:
+        def evaluate(_: int) -> Tensor:
+            optimizer.zero_grad()
+            loss = sum(p.square().sum() for p in params)
+            loss.backward()
+            return loss
+
+        drive(optimizer, form, evaluate, optimizer.k)
+
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        step(Lookbehind(params, torch.optim.SGD, lr=0.1, k=3, alpha="adaptive", backend="native"), "step")
+        step(Lookbehind(params, torch.optim.SGD, lr=0.1, k=2, alpha=0.5, backend="native"), "pairs")
+    seen = {event.key for event in profile.key_averages()}
+    assert {f"lookbehind_fused::{name}" for name in SCHEMAS} <= seen
+
+
+# ---- without the library ---------------------------------------------------------------------------------------------
+
+WITHOUT = """
+import warnings
+import torch
+import lookbehind_fused
+from lookbehind_fused import Lookbehind
+from lookbehind_fused.kernels import native
+
+assert lookbehind_fused.__file__.startswith({folder!r}), lookbehind_fused.__file__
+p = torch.nn.Parameter(torch.ones(3))
+
+def closure():
+    loss = p.square().sum()
+    loss.backward()
+    return loss
+
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    for _ in range(3):
+        optimizer = Lookbehind([p], torch.optim.SGD, lr=0.1, momentum=0.9)
+        optimizer.step(closure)
+        optimizer.step(closure)
+    Lookbehind([p], torch.optim.SGD, lr=0.1, backend="reference").step(closure)
+assert not torch.equal(p.detach(), torch.ones(3))
+messages = [str(w.message) for w in caught]
+assert len(messages) == 1, messages
+try:
+    Lookbehind([p], torch.optim.SGD, lr=0.1, backend="native")
+except RuntimeError as error:
+    messages.append(str(error))
+print("\\n".join(messages))
+"""
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"), [(None, "was not built"), (b"no library", "does not load with torch")], ids=["no", "broken"]
+)
+def test_without_a_library(tmp_path: Path, content: bytes | None, reason: str) -> None:
+    """The package imports; "auto" takes the reference and says so once; "native" is refused, with reason and remedy."""
+    package = shutil.copytree(
+        ROOT / "lookbehind_fused", tmp_path / "lookbehind_fused", ignore=shutil.ignore_patterns("*.so", "__pycache__")
+    )
+    if content is not None:
+        (package / "_native.abi3.so").write_bytes(content)
+    command = [sys.executable, "-c", WITHOUT.format(folder=str(tmp_path))]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    warned, refused = done.stdout.splitlines()
+    assert "'auto' uses the slower 'reference'" in warned
+    assert "backend: 'native' is not available" in refused
+    for message in (warned, refused):
+        assert reason in message
+        assert "g++" in message
+        assert "--no-build-isolation" in message
