@@ -165,7 +165,7 @@ struct Work : Addresses {
 
 // The threads of torch.
 struct Threads {
-  static constexpr int64_t kPerThread = 131072;
+  static constexpr int64_t kPerThread = 65536;
   static int64_t count() { return torch::stable::get_num_threads(); }
   template <class F>
   static void share(int64_t n, const F& f) {

@@ -1,0 +1,241 @@
+"""The benchmark suite: its contenders do equal work, and its table says what was measured."""
+
+import itertools
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks import bench, bench_plots, bounds, memory
+from benchmarks.contenders import Compiled, Foreach, Fused, Naive, Settings
+from benchmarks.own_work import passes_of_a_step
+from tests.conftest import assert_close
+
+STEPS = 3
+SHAPES = [(7, 5), (5,), (1,), (2, 3, 3, 3), (300,)]
+CONFIGURATIONS = list(itertools.product((1, 2, 3), (False, True), (0.4, "adaptive"), ("tensor", "global")))
+
+
+def run(contender: type, settings: Settings, dtype: torch.dtype, **more: str) -> list[Tensor]:
+    """The weights after some steps on a quadratic, each tensor's curvature its own."""
+    generator = torch.Generator().manual_seed(3)
+    params = [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in SHAPES]
+    slopes = [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in SHAPES]
+    params = [p.requires_grad_() for p in params]
+    optimizer = contender(params, settings, **more)
+    evaluations = 0
+    for _ in range(STEPS):
+        for _ in optimizer.evaluations():
+            evaluations += 1
+            for i, (p, slope) in enumerate(zip(params, slopes, strict=True)):
+                assert p.grad is None
+                p.grad = (0.3 + 0.1 * i) * p.detach() + slope
+    expected = 2 * settings.k if contender is Naive else settings.k + 1
+    assert evaluations == expected * STEPS
+    return [p.detach() for p in params]
+
+
+def settings_of(k: int, asam: bool, alpha: float | str, scope: str) -> Settings:
+    return Settings(
+        k=k, asam=asam, alpha=alpha, scope=scope, rho=0.3, eta=0.05, lr=0.07, momentum=0.8, weight_decay=0.03
+    )
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
+@pytest.mark.parametrize(("k", "asam", "alpha", "scope"), CONFIGURATIONS)
+@pytest.mark.parametrize("contender", [Naive, Foreach, Compiled, Fused])
+def test_contenders_take_the_same_trajectory(contender, k, asam, alpha, scope, dtype, tolerance):
+    if contender is Naive and alpha == "adaptive" and scope == "global":
+        pytest.skip("the public code knows no global alpha")
+    if contender is Naive and alpha == "adaptive" and k == 1:
+        pytest.skip("the public code has no adaptive alpha of one inner step")
+    settings = settings_of(k, asam, alpha, scope)
+    with torch.compiler.set_stance("force_eager"):  # compiling takes minutes; the suite compares what was compiled
+        found = run(contender, settings, dtype)
+    for i, (actual, expected) in enumerate(zip(found, run(Fused, settings, dtype, backend="reference"), strict=True)):
+        assert_close(f"tensor {i}", actual, expected, tolerance)
+
+
+# The table
+
+
+def own(set_name: str, native: float = 1.0, **others: float) -> dict:
+    """A measurement of three rounds, the second of which the machine was twice as slow in."""
+    seconds = {name: [s, 2 * s, s] for name, s in {"native": native, **others}.items()}
+    return {"group": "own", "set": set_name, "settings": asdict(Settings()), "seconds": seconds}
+
+
+def line(measurements: list[dict], what: str) -> bounds.Bound:
+    (found,) = [bound for bound in bounds.check(measurements) if what in bound.what]
+    return found
+
+
+@pytest.mark.parametrize(("naive", "verdict"), [(25.5, bounds.HOLDS), (24.5, bounds.FAILS)])
+def test_ratio_is_held_to_its_bound(naive, verdict):
+    bound = line([own("small", naive=naive, compiled=9.0)], "naive / native: 80 small")
+    assert bound.verdict == verdict
+    assert bound.measured == f"{naive:.2f} ({naive:.2f} to {naive:.2f})"  # the slow round is as slow for both
+
+
+def test_what_was_not_measured_is_said_to_be_missing():
+    table = bounds.check([])
+    assert len(table) > 15
+    assert {bound.verdict for bound in table} == {bounds.MISSING}
+    assert line([own("small", naive=30.0)], "compiled / native: 80 small").verdict == bounds.MISSING
+
+
+def test_a_single_slow_round_of_one_contender_does_not_decide():
+    m = own("resnet34", naive=4.0)
+    m["seconds"]["native"][1] *= 100
+    assert line([m], "naive / native: ResNet-34").verdict == bounds.HOLDS
+    m["seconds"]["native"][0] *= 100
+    assert line([m], "naive / native: ResNet-34").verdict == bounds.FAILS
+
+
+@pytest.mark.parametrize(("native", "verdict"), [(0.99, bounds.HOLDS), (1.01, bounds.FAILS)])
+def test_bandwidth_is_compared_with_the_better_of_copy_and_add(native, verdict):
+    n = 1_000_000  # copy moves 8 bytes, add 12, a step 76: in this unit copy reaches 1, add 0.75 of the peak
+    seconds = {"copy": [8.0], "add": [16.0], "native": [76 * native / 0.8]}
+    m = {"group": "bandwidth", "set": "resnet34", "elements": n, "settings": asdict(Settings()), "seconds": seconds}
+    assert line([m], "bandwidth at 21 M").verdict == verdict
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        (Settings(), 76),
+        (Settings(k=1), 4 + 16 + 20),
+        (Settings(k=5), 5 * 4 + 16 + 4 * 28 + 24),
+        (Settings(asam=True), 84),
+        (Settings(alpha="adaptive"), 2 * 4 + 16 + 28 + 24 + 12),
+        (Settings(k=5, alpha="adaptive"), 5 * 4 + 16 + 4 * 28 + 28 + 12),
+    ],
+)
+def test_bytes_are_those_of_the_table_in_design(settings, expected):
+    assert bounds.bytes_per_parameter(settings) == expected
+
+
+@pytest.mark.parametrize("settings", [Settings(), Settings(k=3, asam=True), Settings(k=3, alpha="adaptive")])
+def test_passes_move_the_bytes_that_design_allows(settings):
+    m = {"passes": passes_of_a_step(settings, 512), "settings": asdict(settings)}
+    assert bounds.traffic(m) == bounds.bytes_per_parameter(settings)
+
+
+def test_traffic_sees_a_read_and_a_write_too_many():
+    passes = [["ascend", 16.0], ["descend_ascend", 32.0], ["descend_interpolate", 24.0]]
+    m = {"group": "traffic", "case": "one", "passes": passes, "settings": asdict(Settings())}
+    bound = line([m], "bytes per parameter")
+    assert bound.verdict == bounds.FAILS
+    assert "80 instead of 76" in bound.measured
+
+
+@pytest.mark.parametrize(("state", "peak", "verdict"), [(3, 3, "holds"), (4, 4, "FAILS"), (3, 4, "FAILS")])
+def test_memory_counts_state_and_peak(state, peak, verdict):
+    native = {"state": state, "base": 1, "peak": peak}
+    m = {"group": "memory", "settings": asdict(Settings()), "copies": {"native": native}}
+    assert line([m], "extra memory").verdict == verdict
+
+
+@pytest.mark.parametrize(("power", "verdict"), [(1.0, bounds.HOLDS), (1.3, bounds.FAILS)])
+def test_cost_is_fitted_by_a_power(power, verdict):
+    measurements = [
+        {"group": "scaling", "set": f"{n}x256", "tensors": n, "seconds": {"native": [1e-6 * n**power]}}
+        for n in (1, 100, 1000, 10_000)
+    ]
+    bound = line(measurements, "cost against tensor count")
+    assert bound.verdict == verdict
+    assert bound.measured.startswith(f"{power:.2f}, 3 sizes")
+
+
+@pytest.mark.parametrize(("microseconds", "verdict"), [(140, bounds.HOLDS), (160, bounds.FAILS)])
+def test_overhead_is_a_time(microseconds, verdict):
+    m = {"group": "overhead", "seconds": {"native": [1e-6 * microseconds] * 3}}
+    assert line([m], "Python and dispatch").verdict == verdict
+
+
+def test_memory_that_is_held_is_counted_once():
+    shared = torch.zeros(100)
+    given = torch.zeros(1000)
+
+    class Owner:
+        def __init__(self) -> None:
+            self.lists = [shared, shared[:50], {"again": shared.view(10, 10)}]
+            self.given = given
+            self.other = (torch.zeros(7, dtype=torch.float64),)
+
+    assert memory.held(Owner(), without=[given]) == 400 + 56
+
+
+def test_peak_is_the_most_at_one_time():
+    def action() -> torch.Tensor:
+        kept = torch.zeros(1000)
+        del kept
+        return torch.zeros(600) + torch.ones(600)
+
+    assert 3 * 2400 <= memory.peak(action) <= 3 * 2400 + 1000
+
+
+# The command
+
+
+def test_a_run_measures_draws_and_can_be_drawn_again(tmp_path, capsys):
+    code = bench.main(["--quick", "--only", "traffic", "--output", str(tmp_path), "--threads", "1"])
+    printed = capsys.readouterr().out
+    assert code == 0
+    assert "holds" in printed
+    assert "not measured" in printed
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["environment"]["threads"] == 1
+    assert results["environment"]["command"].startswith("python -m benchmarks.bench --quick")
+    assert str(Path.cwd()) not in (tmp_path / "results.json").read_text()
+    assert len(results["measurements"]) == 6
+    assert "| bytes per parameter" in (tmp_path / "table.md").read_text()
+    assert bench.main(["--redraw", "--output", str(tmp_path)]) == 0
+    assert capsys.readouterr().out == printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--only", "speed"], "--only: expected some of"),
+        (["--threads", "0"], "--threads: expected at least 1"),
+        (["--redraw", "--output", "missing"], "missing/results.json: No such file"),
+    ],
+)
+def test_mistakes_are_one_line(arguments, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    try:
+        code = bench.main(arguments)
+    except SystemExit as end:
+        code = end.code
+    assert code == 2
+    printed = capsys.readouterr().err
+    assert message in printed
+    assert printed.count("\n") == 1
+
+
+def test_pictures_are_drawn_from_synthetic_results():
+    settings = asdict(Settings())
+    numbers = {"naive": [4.0, 5.0], "foreach": [2.0, 2.0], "compiled": [1.5, 1.6], "native": [1.0, 1.0]}
+    measurements = [
+        *({**own(name), "seconds": numbers} for name in ("small", "resnet34")),
+        *({**own(name), "group": "variations", "seconds": numbers} for name in ("small", "resnet34")),
+        *({"group": "scaling", "set": f"{n}x256", "tensors": n, "seconds": numbers} for n in (1, 10)),
+        *({"group": "scaling", "set": f"flat-{n}", "elements": n, "seconds": numbers} for n in (10**4, 10**5)),
+        {"group": "training", "images": "digits", "k": 2, "seconds": numbers},
+        {
+            "group": "bandwidth",
+            "elements": 10**6,
+            "settings": settings,
+            "seconds": {"native": [9.0], "copy": [1.0], "add": [1.5]},
+        },
+        {"group": "memory", "settings": settings, "copies": {"native": {"state": 3, "base": 1, "peak": 3.5}}},
+    ]
+    environment = {"processor": "a processor", "cores": 2, "threads": 2, "torch": "2"}
+    pictures = bench_plots.draw({"measurements": measurements, "environment": environment})
+    assert len(pictures) == 5
+    assert all(content.startswith(b"\x89PNG") for content in pictures.values())
+    assert bench_plots.draw({"measurements": [], "environment": environment}) == {}
