@@ -86,6 +86,7 @@ class Suite:
     def pytest_runtest_logstart(self, nodeid: str, location: Any) -> None:
         """Show what is being measured."""
         self.bar.set_description(nodeid.split("bench_")[-1])
+        self.start = time.perf_counter()
 
     def pytest_runtest_logreport(self, report: Any) -> None:
         """Note what went wrong and what was left out."""
@@ -98,6 +99,8 @@ class Suite:
             self.skipped.append(f"{case}: {report.longrepr[2].removeprefix('Skipped: ')}")
         if report.when == "teardown":
             self.bar.update()
+            if self.bar.disable:  # no terminal: a line a case
+                print(f"{case}: {time.perf_counter() - self.start:.1f} s", file=sys.stderr, flush=True)
 
     def pytest_collectreport(self, report: Any) -> None:
         """Note what could not even be collected."""

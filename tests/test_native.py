@@ -33,7 +33,8 @@ WRITTEN = {
     for name, op in OPS.items()
 }
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
-TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2e-6, torch.float16: 2e-6}
+# Of one pass: eight roundings of a number of the size of one. Whole steps have the issue's 2e-6 and 1e-12 elsewhere.
+TOLERANCE = {torch.float64: 1e-15, torch.float32: 5e-7, torch.bfloat16: 5e-7, torch.float16: 5e-7}
 
 # name: rule, buffers of its state, flags; hyperparameters none of which is at its default
 RULES = {
@@ -254,16 +255,19 @@ def assert_bits(what: str, actual: Tensor, expected: Tensor) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("name", "rule"), VARIANTS)
 def test_a_pass_is_the_reference_in_float64(name: str, rule: str, dtype: torch.dtype) -> None:
-    """fp32 to 2e-6, fp64 to 1e-12; what is not to be written is not, nor what lies between the tensors."""
+    """To a few roundings; what is not to be written is not, nor what lies between the tensors."""
     for case in cases(dtype, name, rule):
         case.check()
+
+
+# rho, eta, alpha (which this pass has no use for), max_grad_norm, lr, beta1, beta2, eps, weight decay
+A_LITTLE_OFF = [1.01, 1.01, 1.0, 1.01, 1.001, 1.0001, 1.0001, 1.5, 1.01]
 
 
 @pytest.mark.parametrize(
     ("key", "change"),
     [
-        *[("hyper", lambda x, i=i, by=by: x[i].mul_(by)) for i, by in [(0, 1.01), (1, 1.01), (3, 1.01), (4, 1.001)]],
-        *[("hyper", lambda x, i=i, by=by: x[i].mul_(by)) for i, by in [(5, 1.0001), (6, 1.0001), (7, 1.5), (8, 1.01)]],
+        *[("hyper", lambda x, i=i, by=by: x[i].mul_(by)) for i, by in enumerate(A_LITTLE_OFF) if by != 1.0],
         *[("flags", lambda x, flag=flag: x ^ flag) for flag in (Flag.ADAPTIVE, Flag.MAXIMIZE, Flag.DECOUPLED)],
         ("row", lambda x: 0),
         ("fast_from", lambda x: None),
