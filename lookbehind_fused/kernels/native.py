@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from .schema import SCHEMAS
@@ -49,10 +50,14 @@ def _pass(name: str) -> Callable[..., None]:
         op(*[arguments[argument] for argument in names])
         if torch.compiler.is_compiling():
             return  # the compiler counts what a graph writes
+        changed: list[Tensor] = []
         for argument in written:
-            tensors = arguments[argument]
-            if tensors is not None:
-                increment_version(tensors)
+            value = arguments[argument]
+            if isinstance(value, Tensor):
+                changed.append(value)
+            elif value:
+                changed.extend(value)
+        increment_version(changed)
 
     call.__name__ = call.__qualname__ = name
     return call
