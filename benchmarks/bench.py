@@ -43,8 +43,8 @@ class Plan:
 
     def __init__(self, quick: bool) -> None:
         self.quick = quick
-        self.rounds = 5 if quick else 15
-        self.block_seconds = 0.05 if quick else 0.2
+        self.rounds = 5 if quick else 11
+        self.block_seconds = 0.05 if quick else 0.15
         # to compile takes longer than to measure
         self.contenders = ("naive", "foreach", "native") if quick else ("naive", "foreach", "compiled", "native")
 
