@@ -16,9 +16,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-# Threads that wait are to sleep: where other programs share the cores, spinning ones cost ten times the time. OpenMP
-# reads it when torch is imported, so torch is imported below, inside the functions.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # nothing from the profiler between the lines of the bar
 
 from benchmarks.files import UserError, replacing
@@ -123,13 +120,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return run(chosen, list(sys.argv[1:] if argv is None else argv))
     except UserError as error:
-        print(f"benchmarks.bench: {error}", file=sys.stderr)
+        warn(str(error))
         return 2
     except OSError as error:
-        print(f"benchmarks.bench: {error.filename or 'a file'}: {error.strerror or error}", file=sys.stderr)
+        warn(f"{error.filename or 'a file'}: {error.strerror or error}")
         return 2
     except KeyboardInterrupt:
-        print("benchmarks.bench: interrupted, nothing written", file=sys.stderr)
+        warn("interrupted, nothing written")
         return 130
 
 
@@ -186,7 +183,7 @@ def run(chosen: argparse.Namespace, argv: list[str]) -> int:
             write(output / name, figure)
         print(f"everything is in {output}", file=sys.stderr)
     for line in (suite.skipped + suite.problems) if suite else ():
-        print(f"benchmarks.bench: {line}", file=sys.stderr)
+        warn(line)
     return 1 if suite and suite.problems else 0
 
 
@@ -203,6 +200,9 @@ def measure(chosen: argparse.Namespace, argv: list[str]) -> tuple[dict[str, Any]
         raise UserError(str(error)) from error
     torch.set_num_threads(chosen.threads or min(2, os.cpu_count() or 1))
     suite = Suite(chosen.quick, chosen.groups)
+    load = os.getloadavg()[0]
+    if load > 0.5:
+        warn(f"load average {load:.1f}: other programs share the cores, and what is measured now proves nothing")
 
     class Fixtures:
         """Fixtures of the cases."""
@@ -230,11 +230,11 @@ def measure(chosen: argparse.Namespace, argv: list[str]) -> tuple[dict[str, Any]
         raise KeyboardInterrupt
     if code not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED) and not suite.problems:
         suite.problems.append(f"pytest ended with {code}: {log.getvalue().strip().splitlines()[-1:]}")
-    results = {"environment": environment(argv, time.perf_counter() - start), "measurements": suite.found}
+    results = {"environment": environment(argv, load, time.perf_counter() - start), "measurements": suite.found}
     return results, suite
 
 
-def environment(argv: list[str], seconds: float) -> dict[str, Any]:
+def environment(argv: list[str], load: float, seconds: float) -> dict[str, Any]:
     """Machine, versions and command, without names of hosts and folders."""
     import torch
 
@@ -246,12 +246,17 @@ def environment(argv: list[str], seconds: float) -> dict[str, Any]:
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "threads": threads,
         "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY"),
-        "load": [round(x, 2) for x in os.getloadavg()],
+        "load_before": round(load, 2),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "system": f"{platform.system()} {platform.machine()}",
         "minutes": round(seconds / 60, 1),
     }
+
+
+def warn(line: str) -> None:
+    """A line for people."""
+    print(f"benchmarks.bench: {line}", file=sys.stderr, flush=True)
 
 
 def processor() -> str:

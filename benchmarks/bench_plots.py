@@ -26,10 +26,10 @@ COLOURS = {
     "native": METHODS["lookbehind"],
 }
 LABELS = {
-    "naive": "naive: per-parameter torch ops, 2k gradients",
-    "foreach": "torch._foreach ops, k + 1 gradients",
-    "compiled": "the same, torch.compile",
-    "native": "lookbehind_fused",
+    "naive": "naive: torch ops by parameter, 2k",
+    "foreach": "torch._foreach, k + 1",
+    "compiled": "the same, compiled",
+    "native": "lookbehind_fused, k + 1",
 }
 BOUNDS = {"small": 25, "1000x256": 60, "resnet34": 3.3}
 TRAINING_BOUNDS = {2: 1.3, 5: 1.6, 10: 1.75}
@@ -225,11 +225,11 @@ def _training(measurements: Sequence[Mapping[str, Any]]) -> Figure | None:
         )
         axes.plot([TRAINING_BOUNDS[m["k"]]] * 2, [row - 0.36, row + 0.36], color=INK, linewidth=1.6)
         saved = 2 * m["k"] / (m["k"] + 1)
-        axes.plot([saved] * 2, [row - 0.36, row + 0.36], color="white", linewidth=1.2, linestyle=(0, (2, 1.5)))
+        axes.plot([saved] * 2, [row - 0.36, row + 0.36], color=INK, linewidth=1.2, linestyle=(0, (1.5, 1.5)))
     axes.set_yticks(range(len(rows)), [f"{titles[m['images']]}, k = {m['k']}" for m in rows])
     axes.set_xlim(0, max(2.2, axes.get_xlim()[1]))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}×"))
-    axes.set_xlabel("black: the bound; white, dashed: 2k / (k + 1), what the gradients alone save", size=8)
+    axes.set_xlabel("solid: the bound; dashed: 2k / (k + 1), what the gradients alone save", size=8)
     axes.grid(True, axis="x")
     axes.grid(False, axis="y")
     axes.tick_params(axis="y", length=0)
@@ -277,7 +277,7 @@ def _bandwidth_and_memory(measurements: Sequence[Mapping[str, Any]]) -> Figure |
         )  # fmt: skip
     right.set_yticks(range(len(names)), names)
     right.set_xlim(0, 1.25 * max(copy["peak"] for copy in copies.values()))
-    right.set_xlabel("copies of the model; hatched: the base optimizer's momentum; pale: peak within a step", size=8)
+    right.set_xlabel("copies of the model; hatched: momentum; pale: peak within a step", size=8)
     right.grid(True, axis="x")
     right.grid(False, axis="y")
     right.tick_params(axis="y", length=0)

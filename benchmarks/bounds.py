@@ -202,11 +202,13 @@ def as_text(table: Iterable[Bound]) -> str:
 def as_markdown(table: Iterable[Bound], measurements: Measurements, environment: Mapping[str, Any]) -> bytes:
     """The bounds, and below them what the optimizer's own work took."""
     e = environment
+    policy = e["OMP_WAIT_POLICY"] or "not set"
     lines = [
         "# Benchmark results",
         "",
         f"{e['processor']}, {e['cores']} cores ({e['instructions']}), {e['threads']} threads, "
-        f"OMP_WAIT_POLICY={e['OMP_WAIT_POLICY']}, torch {e['torch']}, Python {e['python']}, {e['system']}; "
+        f"OMP_WAIT_POLICY {policy}, load average {e['load_before']} before the run, torch {e['torch']}, "
+        f"Python {e['python']}, {e['system']}; "
         f"float32, SGD with momentum and weight decay. Made by `{e['command']}` in {e['minutes']} minutes. Ratios are "
         "taken within each round of all contenders; median, and in brackets the quartiles.",
         "",
