@@ -33,11 +33,15 @@ LOOKBEHIND_INLINE T interpolated(T slow, T fast, T alpha) {
 }
 
 // ---- base_optimizer(fast, g): w and the state move by the gradient g -----------------------------------------------
+//
+// A rule that can be derived has the second half of an update alone as well: derive() moves w by the state that the
+// update before this one has left.
 
 // The base optimizer has moved w already.
 template <class T>
 struct NoRule {
   static constexpr int kStates = 0;
+  static constexpr bool kDerives = false;
   LOOKBEHIND_INLINE void operator()(T&, T, T*) const {}
 };
 
@@ -47,6 +51,7 @@ struct NoRule {
 template <class T, int kMomentum>
 struct Sgd {
   static constexpr int kStates = kMomentum;
+  static constexpr bool kDerives = kMomentum;  // but for Nesterov's step, which the gradient is a part of
   T lr, weight_decay, keep, gain, direct, through;
   LOOKBEHIND_INLINE void operator()(T& w, T g, T* state) const {
     g = fused(weight_decay, w, g);
@@ -56,23 +61,28 @@ struct Sgd {
     }
     w = fused(-lr, g, w);
   }
+  LOOKBEHIND_INLINE void derive(T& w, const T* state) const { w = fused(-lr, state[0], w); }
 };
 
 // torch.optim.Adam and AdamW: state is exp_avg, exp_avg_sq and, with kAmsgrad = 1, max_exp_avg_sq. Bias corrections
-// belong to one tensor's step count: step_size = lr / (1 - beta1^step), root = sqrt(1 - beta2^step). Coupled decay adds
-// coupled * w to the gradient, decoupled decay multiplies w by shrink.
+// belong to one tensor's step count: step_size = lr / (1 - beta1^step), root = sqrt(1 - beta2^step), and those of the
+// update before. Coupled decay adds coupled * w to the gradient, decoupled decay multiplies w by shrink.
 template <class T, int kWithAmsgrad>
 struct Adam {
   static constexpr int kStates = 2 + kWithAmsgrad;
-  T step_size, root, rest1, beta2, rest2, eps, coupled, shrink;
+  static constexpr bool kDerives = true;
+  T step_size, root, rest1, beta2, rest2, eps, coupled, shrink, step_size_before, root_before;
   LOOKBEHIND_INLINE void operator()(T& w, T g, T* state) const {
     g = fused(coupled, w, g);
-    w *= shrink;
     state[0] = interpolated(state[0], g, rest1);
     state[1] = fused(rest2 * g, g, beta2 * state[1]);
-    T second = state[1];
-    if constexpr (kWithAmsgrad) second = state[2] = state[2] > second ? state[2] : second;
-    w -= step_size * state[0] / (square_root(second) / root + eps);
+    if constexpr (kWithAmsgrad) state[2] = state[2] > state[1] ? state[2] : state[1];
+    move(w, state, step_size, root);
+  }
+  LOOKBEHIND_INLINE void derive(T& w, const T* state) const { move(w, state, step_size_before, root_before); }
+  LOOKBEHIND_INLINE void move(T& w, const T* state, T by, T correction) const {
+    w *= shrink;
+    w -= by * state[0] / (square_root(state[1 + kWithAmsgrad]) / correction + eps);
   }
 };
 

@@ -25,14 +25,16 @@ class Rule:
     """How a parameter group of a torch optimizer is handed to the kernels.
 
     ``hyper`` gives the numbers behind the first four of ``hyper`` (``kernels.schema``), ``state`` the names in
-    ``base.state[p]`` of the buffers with the parameter's shape, ``flags`` the sum of ``Flag``. ``counted`` says whether
-    ``base.state[p]`` has a 0-dim ``step`` as well.
+    ``base.state[p]`` of the buffers with the parameter's shape, ``flags`` the sum of ``Flag``. ``derives`` says whether
+    an update is a function of the weights and of the state that it leaves (``kernels.schema``, ``fast``), ``counted``
+    whether ``base.state[p]`` has a 0-dim ``step`` as well.
     """
 
     name: str
     hyper: Callable[[Group], tuple[Any, ...]]
     state: Callable[[Group], tuple[str, ...]]
     flags: Callable[[Group], int]
+    derives: Callable[[Group], bool]
     counted: bool
 
 
@@ -41,6 +43,7 @@ SGD_RULE = Rule(
     hyper=lambda group: (group["lr"], group["momentum"], group["dampening"], group["weight_decay"]),
     state=lambda group: ("momentum_buffer",) if group["momentum"] else (),
     flags=lambda group: Flag.MAXIMIZE * group["maximize"] + Flag.NESTEROV * group["nesterov"],
+    derives=lambda group: bool(group["momentum"]) and not group["nesterov"],
     counted=False,
 )
 ADAM_RULE = Rule(
@@ -52,9 +55,17 @@ ADAM_RULE = Rule(
         + Flag.AMSGRAD * group["amsgrad"]
         + Flag.DECOUPLED * group["decoupled_weight_decay"]
     ),
+    derives=lambda group: True,
     counted=True,
 )
-NO_RULE = Rule(name="none", hyper=lambda group: (), state=lambda group: (), flags=lambda group: 0, counted=False)
+NO_RULE = Rule(
+    name="none",
+    hyper=lambda group: (),
+    state=lambda group: (),
+    flags=lambda group: 0,
+    derives=lambda group: False,
+    counted=False,
+)
 
 # Exact types: a subclass may compute something else.
 FUSED: dict[type[Optimizer], Rule] = {SGD: SGD_RULE, Adam: ADAM_RULE, AdamW: ADAM_RULE}

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from types import ModuleType
 from typing import Any
 
@@ -22,6 +23,7 @@ from torch.optim import Optimizer
 from .arguments import Settings, check_group, describe, layout
 from .base import Rule
 from .kernels import Flag, reference
+from .kernels.schema import ADDRESS, tensor_table
 
 ALIGNMENT = 64  # bytes
 STEP_BUFFERS = ("slow", "fast", "first", "perturbed")
@@ -59,11 +61,24 @@ class Gathered:
         rows: which of the bucket's tensors have one, in order.
         grads: theirs.
         carried: the rows that had one earlier in the step, but not now.
+        late: at inner step 2, those of both that inner step 1 has not updated.
     """
 
     rows: Sequence[int]
     grads: Sequence[Tensor]
     carried: Sequence[int] = ()
+    late: Sequence[int] = ()
+
+
+@dataclass(frozen=True)
+class Part:
+    """Tensors of a bucket that a descending pass treats alike."""
+
+    kernels: ModuleType
+    params: Sequence[Tensor]
+    grads: Sequence[Tensor | None]
+    table: Tensor
+    flags: int
 
 
 class Scalars:
@@ -142,17 +157,16 @@ class Bucket:
         self.group_values: tuple = ()
         self.settings: Settings | None = None
         self.state_names: tuple[str, ...] = ()
+        self.derives = False  # inner step 1 leaves no fast weights: inner step 2 derives them
         self.entries: list[dict[str, Tensor]] = [{} for _ in params]  # ours in base.state[p], by name
         self.untouched = set(self.everyone)  # rows whose base state is all zeros and not published
         self.stand_ins: list[Tensor] = []  # views of ``fast`` for a base optimizer without a rule
 
     def _make_table(self) -> tuple[Tensor, int]:
         unit = ALIGNMENT // self.buffer_dtype.itemsize
-        rows, start = [], 0
-        for row, p in enumerate(self.params):
-            rows.append((row, start, p.numel()))
-            start += -(-p.numel() // unit) * unit
-        return torch.tensor(rows, dtype=torch.int64).view(-1, 3), start
+        starts = [0, *accumulate(-(-p.numel() // unit) * unit for p in self.params)]
+        size = starts.pop()
+        return tensor_table(self.params, starts), size
 
     # ---- opening and closing a step ----
 
@@ -194,14 +208,18 @@ class Bucket:
         """
         self._read_group(settings)
         names = self.rule.state(self.group)
-        if state_changed or names != self.state_names:
+        # fast_1 itself is needed once more for an adaptive alpha with k >= 3
+        derives = settings.k > 1 and not (settings.aligns and settings.k > 2) and self.rule.derives(self.group)
+        adopts = state_changed or names != self.state_names
+        if adopts:
             self._adopt_state(names)
-            self._allocate(settings)
-        elif settings != self.settings:
+        if adopts or settings != self.settings or derives != self.derives:
+            self.derives = derives
             self._allocate(settings)
         self.settings = settings
         if moved:
             self.addresses = [p.data_ptr() for p in self.params]
+            self.table[:, ADDRESS] = torch.tensor(self.addresses)
         self.joined: set[int] | frozenset[int] = set()  # rows that had a gradient in this step
         self.updated: set[int] | frozenset[int] = set()  # rows that the base optimizer has updated in this step
 
@@ -209,9 +227,9 @@ class Bucket:
         """Have exactly the buffers that a step with these settings needs."""
         k, own_step = settings.k, self.rule.name == "none"
         needed = {"slow"}
-        if k > 1 or own_step:
+        if k > 2 or own_step or (k == 2 and not self.derives):
             needed.add("fast")
-        if settings.aligns and (k > 2 or own_step):  # for k = 2 a rule leaves fast_1 in ``fast``
+        if settings.aligns and (k > 2 or own_step):  # for k = 2 fast_1 is what the last descent moves
             needed.add("first")
         if self.low_precision:
             needed.add("perturbed")
@@ -324,7 +342,10 @@ class Bucket:
             for row in rows - self.joined:
                 self._join(row)
         carried = () if rows is self.everyone else sorted(self.joined - rows)
-        return Gathered(gathered.rows, gathered.grads, carried) if carried else gathered
+        late = ()
+        if evaluation.second and self.updated is not self.everyone:
+            late = sorted((self.joined | rows) - self.updated)
+        return Gathered(gathered.rows, gathered.grads, carried, late) if carried or late else gathered
 
     def gather(self) -> Gathered:
         """The gradients that are there now. Only reads, so that it can be compiled."""
@@ -413,32 +434,34 @@ class Bucket:
         """Move the fast weights (the 2k form; with the gradient reused see ``descend_ascend``)."""
         if self.rule.name == "none":
             return
-        for kernels, params, grads, table in self._parts(gathered):
-            descent = self._descent(evaluation, scalars, table)
-            kernels.descend(params=params, grads=grads, **self._fast(evaluation), **descent)
+        for part in self._parts(evaluation, gathered):
+            part.kernels.descend(**self._fast(evaluation), **self._descent(evaluation, scalars, part))
 
     def descend_ascend(self, evaluation: Evaluation, scalars: Scalars, gathered: Gathered) -> None:
         """Move the fast weights, then the perturbed ones with the same gradient."""
         if self.rule.name == "none":
             self.ascend(evaluation, scalars, gathered)
             return
-        for kernels, params, grads, table in self._parts(gathered):
-            descent = self._descent(evaluation, scalars, table)
-            kernels.descend_ascend(
-                params=params,
-                grads=grads,
+        parts = self._parts(evaluation, gathered)
+        row = scalars.row_to_fill
+        if row >= 0 and parts[0].grads is not gathered.grads:  # no part has all gradients
+            self.reduce_sq_norm(evaluation, scalars, gathered)
+            row = -1
+        for part in parts:
+            descent = self._descent(evaluation, scalars, part)
+            part.kernels.descend_ascend(
                 perturbed=self.buffers.get("perturbed"),
                 **self._fast(evaluation),
                 **{**descent, "sq_norms": scalars.sq_norms[self.device][evaluation.index]},
-                row=scalars.row_to_fill if grads is gathered.grads else -1,
+                row=row if part.grads is gathered.grads else -1,
             )
 
     def descend_interpolate(self, evaluation: Evaluation, scalars: Scalars, gathered: Gathered) -> None:
         """The last descent, and the new weights between slow and fast with a static alpha."""
         slow, fast = self.buffers["slow"], self.buffers[self._fast_names(evaluation)[0]]
-        for kernels, params, grads, table in self._parts(gathered):
-            descent = self._descent(evaluation, scalars, table)
-            kernels.descend_interpolate(params=params, grads=grads, slow=slow, fast=fast, **descent)
+        for part in self._parts(evaluation, gathered):
+            descent = self._descent(evaluation, scalars, part)
+            part.kernels.descend_interpolate(slow=slow, fast=fast, **descent)
 
     def descend_align(self, evaluation: Evaluation, scalars: Scalars, gathered: Gathered) -> None:
         """The last descent, and the sums that alpha* is made of: this row of ``scalars``, or a row a tensor."""
@@ -449,17 +472,15 @@ class Bucket:
                 target.fill_(float("nan"))  # tensors that take no part have no alpha
         elif not gathered.rows and not gathered.carried:
             target.zero_()
-        for number, (kernels, params, grads, table) in enumerate(self._parts(gathered)):
+        for number, part in enumerate(self._parts(evaluation, gathered)):
             adds_up = number > 0 and not self.flags & Flag.PER_TENSOR
             sums = torch.empty_like(target) if adds_up else target
-            kernels.descend_align(
-                params=params,
-                grads=grads,
+            part.kernels.descend_align(
                 perturbed=self.buffers.get("perturbed"),
                 slow=self.buffers["slow"],
                 fast=self.buffers[self._fast_names(evaluation)[0]],
-                first=self.buffers.get("first", self.buffers["fast"]),
-                **self._descent(evaluation, scalars, table),
+                first=self.buffers.get("first"),
+                **self._descent(evaluation, scalars, part),
                 sums=sums,
             )
             if adds_up:
@@ -513,29 +534,49 @@ class Bucket:
     def _table(self, rows: Sequence[int]) -> Tensor:
         return self.table if len(rows) == len(self.params) else self.table[list(rows)]
 
-    def _parts(self, gathered: Gathered) -> list[tuple[ModuleType, list[Tensor], Sequence[Tensor | None], Tensor]]:
-        """The tensors with a gradient, for the backend; those that had one earlier, for the reference."""
+    def _parts(self, evaluation: Evaluation, gathered: Gathered) -> list[Part]:
+        """The tensors with a gradient, for the backend; those that had one earlier, for the reference. Each in two if
+        there are fast weights to derive, but not those of all.
+        """
+        flags = self.flags | Flag.DERIVES if self.derives and evaluation.second else self.flags
+        late = gathered.late if flags != self.flags else ()
         parts = []
-        if gathered.rows:
-            parts.append((self.kernels, self._params(gathered.rows), gathered.grads, self._table(gathered.rows)))
-        if gathered.carried:
-            grads = [None] * len(gathered.carried)
-            parts.append((reference, self._params(gathered.carried), grads, self._table(gathered.carried)))
+        for kernels, rows, grads in (
+            (self.kernels, gathered.rows, gathered.grads),
+            (reference, gathered.carried, [None] * len(gathered.carried)),
+        ):
+            if rows and not late:
+                parts.append(Part(kernels, self._params(rows), grads, self._table(rows), flags))
+            elif rows:
+                parts += self._split(kernels, rows, grads, late, flags)
+        return parts
+
+    def _split(
+        self, kernels: ModuleType, rows: Sequence[int], grads: Sequence[Tensor | None], late: Sequence[int], flags: int
+    ) -> list[Part]:
+        parts = []
+        for own_flags, are_late in ((flags, False), (self.flags, True)):
+            chosen = [n for n, row in enumerate(rows) if (row in late) == are_late]
+            if chosen:
+                own = [rows[n] for n in chosen]
+                parts.append(Part(kernels, self._params(own), [grads[n] for n in chosen], self._table(own), own_flags))
         return parts
 
     def _fast_names(self, evaluation: Evaluation) -> tuple[str, str]:
         """Where an inner step reads the fast weights, and where it writes them."""
         if self.rule.name == "none":
             return "fast", "fast"
+        if self.derives:
+            return "slow" if evaluation.first or evaluation.second else "fast", "" if evaluation.first else "fast"
         first = "first" if "first" in self.buffers else "fast"
         source = "slow" if evaluation.first else first if evaluation.second else "fast"
         return source, first if evaluation.first else "fast"
 
     def _fast(self, evaluation: Evaluation) -> dict[str, Tensor | None]:
         source, target = self._fast_names(evaluation)
-        return {"fast": self.buffers[target], "fast_from": None if source == target else self.buffers[source]}
+        return {"fast": self.buffers.get(target), "fast_from": None if source == target else self.buffers[source]}
 
-    def _descent(self, evaluation: Evaluation, scalars: Scalars, table: Tensor) -> dict[str, Any]:
+    def _descent(self, evaluation: Evaluation, scalars: Scalars, part: Part) -> dict[str, Any]:
         """What every descending pass is given. The base's state is read at inner step 1 and written at inner step k."""
         names = self.state_names
         own = [self.buffers[name] for name in names]
@@ -544,15 +585,17 @@ class Bucket:
         between = own if reads_own and writes_own else [self.buffers[working(name)] for name in names]
         clips = self.settings.max_grad_norm is not None
         return {
+            "params": part.params,
+            "grads": part.grads,
             "state": own if writes_own else between,
             "state_from": [] if in_place else own if reads_own else between,
             "steps": self.steps if writes_own else self.working_steps,
             "steps_from": None if in_place else self.steps if reads_own else self.working_steps,
-            "table": table,
+            "table": part.table,
             "sq_norms": scalars.sq_norms[self.device][evaluation.index] if clips else None,
             "hyper": self.hyper,
             "rule": self.rule.name,
-            "flags": self.flags,
+            "flags": part.flags,
         }
 
 

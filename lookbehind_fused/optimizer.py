@@ -650,20 +650,20 @@ class Seen:
         self.ids = [*map(id, tensors)]
         self.groups = [*map(id, groups)]
         self.addresses = [p.data_ptr() for p in tensors]
-        self.shapes = [p.shape for p in tensors]
+        self.strides = [p.stride() for p in tensors]
         held = {id(p) for bucket in buckets for p in bucket.params}
         self.others = [p for p in tensors if id(p) not in held]
 
     def are(self, tensors: list[Tensor], groups: list[dict[str, Any]]) -> bool:
         """Whether these are the same tensors at the same addresses, and none without a bucket has come to need one.
 
-        The same address means the same dtype and device. Other strides do not matter: kernels see memory order.
+        The same address means the same dtype and device. Another shape shows in the strides, or else in the gradients.
         """
         return (
             [*map(id, tensors)] == self.ids
             and [*map(id, groups)] == self.groups
             and [p.data_ptr() for p in tensors] == self.addresses
-            and [p.shape for p in tensors] == self.shapes
+            and [p.stride() for p in tensors] == self.strides
             and not any([p.requires_grad or p.grad is not None for p in self.others])
         )
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from lookbehind_fused import Lookbehind
 from lookbehind_fused.kernels import BACKENDS, SCHEMAS, Flag, native, reference
+from lookbehind_fused.kernels.schema import ADDRESS, tensor_table
 from tests.conftest import LOW_PRECISION, Duel, assert_close, assert_equal, dense, drive, scaled_error
 from tests.test_parameters import OPTIONS, parameters
 from tests.test_parameters import RULES as BASES
@@ -48,6 +49,7 @@ RULES = {
     "adamw": ("adam", 2, Flag.DECOUPLED),
     "adamw-amsgrad": ("adam", 3, Flag.AMSGRAD | Flag.DECOUPLED),
 }
+DERIVABLE = [rule for rule, (_, states, flags) in RULES.items() if states and not flags & Flag.NESTEROV]
 HYPER = {"none": [], "sgd": [0.11, 0.8, 0.3, 0.02], "adam": [0.013, 0.8, 0.97, 1e-3, 0.05]}
 BUFFERS = {"perturbed", "slow", "fast", "fast_from", "first", "state", "state_from"}
 SIZES = [7, 1, 0, 130, 16_385, 33, 512, 1000]
@@ -63,6 +65,8 @@ class Case:
         sizes: elements of each tensor; a tuple is a shape. Tensors begin at odd addresses.
         flags: beside those of the rule.
         apart: old values are read from other buffers than those that are written.
+        unkept: there is no buffer for the fast weights (descend, descend_ascend) or for fast_1 (descend_align).
+        listed: the parameters come as a list; otherwise by the addresses in ``table``.
         row: the bucket's own row of ``sq_norms``, filled by a pass that ascends; -1 leaves it as it is.
     """
 
@@ -75,10 +79,12 @@ class Case:
         flags: int = 0,
         *,
         apart: bool = True,
+        unkept: bool = False,
+        listed: bool = True,
         row: int = 1,
         seed: int = 0,
     ) -> None:
-        self.name, self.dtype = name, dtype
+        self.name, self.dtype, self.listed = name, dtype, listed
         self.generator = torch.Generator().manual_seed(seed)
         self.compute = torch.float64 if dtype == torch.float64 else torch.float32
         self.shapes = [(size,) if isinstance(size, int) else size for size in sizes]
@@ -98,13 +104,13 @@ class Case:
             "grads": [self.tensor(shape, (t + 1) % 4) for t, shape in enumerate(self.shapes)],
             "perturbed": self.buffer() if low else None,
             "slow": self.buffer(),
-            "fast": self.buffer(),
-            "fast_from": self.buffer() if apart else None,
-            "first": self.buffer(),
+            "fast": None if unkept and name in ("descend", "descend_ascend") else self.buffer(),
+            "fast_from": self.buffer() if apart or unkept else None,
+            "first": None if unkept else self.buffer(),
             "state": [self.buffer(positive=s > 0) for s in range(states)],
             "state_from": [self.buffer(positive=s > 0) for s in range(states)] if apart else [],
-            "steps": torch.arange(count, dtype=torch.float32) % 4,
-            "steps_from": torch.arange(count, dtype=torch.float32).flip(0) % 3 if apart else None,
+            "steps": torch.arange(count, dtype=torch.float32) % 4 + bool(flags & Flag.DERIVES),
+            "steps_from": 1 + torch.arange(count, dtype=torch.float32).flip(0) % 3 if apart else None,
             "table": torch.tensor(table, dtype=torch.int64).view(-1, 3),
             "sq_norms": torch.tensor([[3.0, 4.0], [1.5, 2.0]], dtype=torch.float64),
             "row": row,
@@ -145,7 +151,11 @@ class Case:
     def run(self, backend: Any, dtype: torch.dtype | None = None) -> dict[str, Any]:
         """All arguments after the op has run on copies of them."""
         arguments = self.copies(dtype)
-        getattr(backend, self.name)(**arguments)
+        given = arguments
+        if backend is native and not self.listed:
+            layouts = tensor_table(arguments["params"], [0] * len(self.spans))
+            given = {**arguments, "table": torch.cat([arguments["table"], layouts[:, ADDRESS:]], 1)}
+        getattr(backend, self.name)(**given)
         return arguments
 
     def check(self) -> None:
@@ -153,7 +163,9 @@ class Case:
         found, expected = self.run(native), self.run(reference, torch.float64)
         self.check_written(found, expected)
         for key, before in self.arguments.items():
-            for value, a, e in zip(listed(before), listed(found[key]), listed(expected[key]), strict=True):
+            for value, a, e in zip(
+                listed_values(before), listed_values(found[key]), listed_values(expected[key]), strict=True
+            ):
                 if isinstance(value, Tensor) and key not in WRITTEN[self.name]:
                     assert_equal(f"{self.name}: {key} of native", a, value)
                     assert_equal(f"{self.name}: {key} of the reference", e, value.to(e.dtype))
@@ -164,7 +176,7 @@ class Case:
     def check_written(self, found: dict[str, Any], expected: dict[str, Any]) -> None:
         """What the op writes, tensor by tensor."""
         for key in WRITTEN[self.name]:
-            for i, (a, e) in enumerate(zip(listed(found[key]), listed(expected[key]), strict=True)):
+            for i, (a, e) in enumerate(zip(listed_values(found[key]), listed_values(expected[key]), strict=True)):
                 if a is not None:
                     for part in self.spans if key in BUFFERS else [...]:
                         self.compare(f"{self.name}: {key}[{i}]", key, a[part], e[part])
@@ -184,7 +196,7 @@ class Case:
         assert error <= TOLERANCE[self.dtype], f"{what}: {error:.2e}"
 
 
-def listed(value: Any) -> list[Any]:
+def listed_values(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [value]
 
 
@@ -200,13 +212,21 @@ def blanked(buffer: Tensor, spans: list[slice]) -> Tensor:
 
 
 def cases(dtype: torch.dtype, name: str, rule: str, sizes: list[Any] = SIZES) -> Iterator[Case]:
-    """Every way to call a pass: ASAM or not, in place or not, sums by tensor or not, the norm in it or before it."""
+    """Every way to call a pass: ASAM or not, in place or not, sums by tensor or not, the norm in it or before it, fast
+    weights read, derived or not kept, parameters listed or by address.
+    """
     scopes = (0, Flag.PER_TENSOR) if name in ("descend_align", "interpolate") else (0,)
     scaled = (0, Flag.ADAPTIVE) if name in ("reduce_sq_norm", "ascend", "descend_ascend") else (0,)
     apart = (True, False) if name in DESCENTS else (True,)
     rows = (1, -1) if name in ("ascend", "descend_ascend") else (1,)
-    for number, (scope, t, a, row) in enumerate(itertools.product(scopes, scaled, apart, rows)):
-        yield Case(name, dtype, sizes, rule, scope | t, apart=a, row=row, seed=number)
+    kept = (False, True) if name in DESCENTS else (False,)
+    derives = (0, Flag.DERIVES) if name in DESCENTS and rule in DERIVABLE else (0,)
+    number = 0
+    for scope, t, a, row, unkept, d in itertools.product(scopes, scaled, apart, rows, kept, derives):
+        if not (d and name == "descend_align" and not unkept):  # fast_1 is derived only where it is not kept
+            options = {"apart": a, "row": row, "unkept": unkept, "listed": number % 2 == 0}
+            yield Case(name, dtype, sizes, rule, scope | t | d, seed=number, **options)
+            number += 1
 
 
 def check_conversions() -> None:
@@ -258,6 +278,31 @@ def test_a_pass_is_the_reference_in_float64(name: str, rule: str, dtype: torch.d
     """To a few roundings; what is not to be written is not, nor what lies between the tensors."""
     for case in cases(dtype, name, rule):
         case.check()
+
+
+@pytest.mark.parametrize("name", [name for name in SCHEMAS if name != "interpolate"])
+def test_gradients_of_another_layout(name: str) -> None:
+    """Whether parameters come as a list or by address: the gradient's elements go where the parameter has them."""
+    shapes = [(3, 4, 5, 2), (6, 4), (5,), (), (2, 1, 3), (1, 7)]
+    for listed in (True, False):
+        case = Case(name, torch.float32, shapes, "momentum" if name in DESCENTS else "none", listed=listed)
+        contiguous = case.run(native)
+        order = [dense(g, tuple(reversed(range(g.dim()))), 1) for g in case.arguments["grads"]]
+        strided = [g.new_full((*g.shape, 2), float("nan")).select(-1, 1).copy_(g) for g in case.arguments["grads"]]
+        for grads in (order, strided):
+            case.copies = lambda dtype=None, case=case, grads=grads: {**Case.copies(case, dtype), "grads": grads}
+            found = case.run(native)
+            for key in WRITTEN[name]:
+                for a, e in zip(listed_values(found[key]), listed_values(contiguous[key]), strict=True):
+                    if a is not None:
+                        assert_equal(key, a, e)
+
+
+def test_streamed_results() -> None:
+    """Beyond 8 M elements results go past the caches: tails, unaligned parameters and what lies between as before."""
+    for name, rule in (("ascend", "none"), ("descend_ascend", "adam"), ("descend_interpolate", "momentum")):
+        Case(name, torch.float32, [5_000_011, 3, 3_400_001], rule, unkept=name == "descend_ascend").check()
+    Case("descend_align", torch.bfloat16, [8_400_001], "sgd").check()
 
 
 # rho, eta, alpha (which this pass has no use for), max_grad_norm, lr, beta1, beta2, eps, weight decay
@@ -322,7 +367,7 @@ def test_empty_lists(name: str) -> None:
         elif key == "sums" and key in WRITTEN[name]:
             assert_equal(key, after[key][0], torch.zeros(3, dtype=torch.float64))
         else:
-            for a, b in zip(listed(after[key]), listed(value), strict=True):
+            for a, b in zip(listed_values(after[key]), listed_values(value), strict=True):
                 assert_equal(key, a, b) if isinstance(a, Tensor) else None
 
 
@@ -418,7 +463,7 @@ def test_the_number_of_threads_changes_no_bit(name: str, dtype: torch.dtype) -> 
             assert len(os.listdir("/proc/self/task")) >= 7, "the work was not shared at all"
     for key in WRITTEN[name]:
         for result in results[1:]:
-            for a, e in zip(listed(result[key]), listed(results[0][key]), strict=True):
+            for a, e in zip(listed_values(result[key]), listed_values(results[0][key]), strict=True):
                 if a is not None:
                     assert_equal(f"{name}: {key}", a, e)
     torch.set_num_threads(2)
@@ -438,7 +483,7 @@ def check_everything() -> None:
                 case.check()
                 after = case.run(native)
                 for key in WRITTEN[name]:
-                    for tensor in listed(after[key]):
+                    for tensor in listed_values(after[key]):
                         if tensor is not None:
                             found.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     check_conversions()
@@ -518,7 +563,9 @@ def test_version_counters(name: str) -> None:
     arguments = case.copies()
 
     def versions() -> dict[str, list[int]]:
-        return {key: [x._version for x in listed(value) if isinstance(x, Tensor)] for key, value in arguments.items()}
+        return {
+            key: [x._version for x in listed_values(value) if isinstance(x, Tensor)] for key, value in arguments.items()
+        }
 
     before = versions()
     getattr(native, name)(**arguments)
@@ -588,13 +635,15 @@ def test_refused_arguments(what: str) -> None:
     case = Case("descend_ascend", torch.float32, [3, 40, 5], "adam")
     arguments = spoiled(case, key, change)
     before = {
-        k: [x.clone() for x in listed(v) if isinstance(x, Tensor)] for k, v in arguments.items() if k != "sq_norms"
+        k: [x.clone() for x in listed_values(v) if isinstance(x, Tensor)]
+        for k, v in arguments.items()
+        if k != "sq_norms"
     }
     names = {"params": "params|grads|table", "table": "params|table"}.get(key, key)
     with pytest.raises(RuntimeError, match=rf"\b({names})\b"):
         native.descend_ascend(**arguments)
     for k, tensors in before.items():
-        for a, e in zip((x for x in listed(arguments[k]) if isinstance(x, Tensor)), tensors, strict=True):
+        for a, e in zip((x for x in listed_values(arguments[k]) if isinstance(x, Tensor)), tensors, strict=True):
             assert_equal(k, a, e)
 
 

@@ -7,7 +7,15 @@
 namespace lookbehind_fused {
 
 // kernels.schema.Flag
-enum Flag : int64_t { kAdaptive = 1, kPerTensor = 2, kMaximize = 4, kNesterov = 8, kAmsgrad = 16, kDecoupled = 32 };
+enum Flag : int64_t {
+  kAdaptive = 1,
+  kPerTensor = 2,
+  kMaximize = 4,
+  kNesterov = 8,
+  kAmsgrad = 16,
+  kDecoupled = 32,
+  kDerives = 64
+};
 
 enum class Dtype { f64, f32, bf16, f16 };
 enum class Rule { none, sgd, sgd_momentum, adam, adam_amsgrad };
@@ -18,13 +26,14 @@ struct Variant {
   Pass pass;
   Dtype dtype;
   Rule rule;
-  bool adapts;  // ASAM
+  bool adapts;   // ASAM
+  bool derives;  // fast_from are the slow weights, and the fast ones what the rule has made of them
 };
 
 // The numbers of one tensor, as the compute type's: a rule's constants are in the order of its members (rules.h).
 template <class T>
 struct Constants {
-  T rule[8];
+  T rule[10];
   T scale;   // of the gradient in a descent: clipping
   T factor;  // rho / (||T g|| + 1e-16)
   T eta;
@@ -37,11 +46,12 @@ constexpr int kMaxStates = 3;
 // type's; those that a pass has no use for are null. ``*_from`` may equal what is written.
 struct Chunk {
   int64_t size;
+  bool streams;  // results that are not read in the pass go past the caches
   void* param;
   const void* grad;
   void* perturbed;  // null unless the parameters are bf16 or fp16, and at evaluation 0
   void* slow;
-  void* fast;
+  void* fast;  // null also where the next descent derives it
   const void* fast_from;
   const void* first;
   void* state[kMaxStates];

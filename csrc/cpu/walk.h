@@ -46,7 +46,7 @@ inline std::vector<Piece> pieces_of(const Row* rows, int64_t count) {
 
 // Call run(piece number) for all of them, in parallel. Each thread has a run of pieces with about as many elements as
 // the others'. ``Threads`` says how many there are, count(), and how many elements are worth one, kPerThread; share(n,
-// f) calls f(begin, end) for parts of [0, n).
+// f) calls f(begin, end) for parts of [0, n). From kStreamed elements on, results are streamed.
 template <class Threads, class F>
 void for_each_piece(const std::vector<Piece>& pieces, const F& run) {
   std::vector<int64_t> ends(pieces.size() + 1, 0);
@@ -77,12 +77,16 @@ std::vector<double> walk(ChunkFunction chunk_function, const Addresses& work, co
                          const std::vector<Piece>& pieces, int terms) {
   const int64_t width = width_of(work.dtype);
   std::vector<double> sums(pieces.size() * terms);
+  int64_t total = 0;
+  for (const Piece& piece : pieces) total += piece.size;
+  const bool streams = total >= Threads::kStreamed;
   for_each_piece<Threads>(pieces, [&](int64_t i) {
     const Piece& piece = pieces[i];
     const int64_t in_tensor = piece.begin * width;
     const int64_t in_buffer = (work.rows[piece.tensor].start + piece.begin) * int64_t(sizeof(T));
     Chunk c{};
     c.size = piece.size;
+    c.streams = streams;
     c.param = work.params.empty() ? nullptr : offset(work.params[piece.tensor], in_tensor);
     c.grad = work.grads.empty() ? nullptr : offset(work.grads[piece.tensor], in_tensor);
     c.perturbed = offset(work.perturbed, in_buffer);

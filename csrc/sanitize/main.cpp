@@ -24,6 +24,7 @@ using Find = ChunkFunction (*)(const Variant&);
 
 struct Threads {
   static constexpr int64_t kPerThread = 4096;
+  static constexpr int64_t kStreamed = 3000;
   static int64_t limit;
   static int64_t count() { return limit; }
   template <class F>
@@ -35,12 +36,16 @@ struct Threads {
 };
 int64_t Threads::limit = 1;
 
-// A heap block of exactly ``bytes`` after ``skipped`` bytes: no room to run over, and any alignment that is asked for.
+// A heap block that ends after exactly ``bytes``, ``skipped`` bytes after a boundary of 64: no room to run over.
 struct Block {
-  std::unique_ptr<char[]> memory;
+  std::unique_ptr<void, void (*)(void*)> memory;
   int64_t skipped, bytes;
-  Block(int64_t bytes, int64_t skipped = 0) : memory(new char[skipped + bytes]), skipped(skipped), bytes(bytes) {}
-  void* data() const { return memory.get() + skipped; }
+  Block(int64_t bytes, int64_t skipped = 0) : memory(nullptr, std::free), skipped(skipped), bytes(bytes) {
+    void* block = nullptr;
+    if (posix_memalign(&block, 64, skipped + bytes) != 0) std::abort();
+    memory.reset(block);
+  }
+  void* data() const { return static_cast<char*>(memory.get()) + skipped; }
 };
 
 // The same numbers after every start(): what differs then is not the input.
@@ -112,9 +117,10 @@ std::vector<char> pass(Find find, Variant variant, const std::vector<int64_t>& s
   if (rounds && p != Pass::descend && p != Pass::descend_interpolate) work.perturbed = buffer();
   if (p == Pass::reduce_sq_norm && !apart) work.perturbed = nullptr;  // evaluation 0
   if ((p == Pass::ascend && apart) || p >= Pass::descend_interpolate) work.slow = buffer();
-  if (p == Pass::descend || p == Pass::descend_ascend) work.fast = buffer();
+  const bool keeps = p == Pass::descend || p == Pass::descend_ascend;
+  if (keeps && !(variant.derives && apart)) work.fast = buffer();
   if (descends) work.fast_from = work.fast && !apart ? work.fast : buffer();
-  if (p == Pass::descend_align) work.first = apart ? buffer() : work.fast_from;
+  if (p == Pass::descend_align && !variant.derives) work.first = apart ? buffer() : work.fast_from;
   const int states = !descends                            ? 0
                      : variant.rule == Rule::sgd_momentum ? 1
                      : variant.rule == Rule::adam         ? 2
@@ -124,7 +130,7 @@ std::vector<char> pass(Find find, Variant variant, const std::vector<int64_t>& s
   for (int s = 0; s < states; ++s) work.state_from.push_back(apart ? buffer() : work.state[s]);
 
   Constants<T> c{};
-  for (int i = 0; i < 8; ++i) c.rule[i] = T(0.1 + 0.1 * i);
+  for (int i = 0; i < 10; ++i) c.rule[i] = T(0.1 + 0.1 * i);
   c.scale = T(0.5), c.factor = T(0.25), c.eta = T(0.01), c.alpha = T(apart ? 0.3 : 0.7);
   const std::vector<Constants<T>> numbers(rows.size(), c);
   const int terms = p == Pass::reduce_sq_norm ? 2 : p == Pass::descend_align ? 3 : 0;
@@ -165,8 +171,11 @@ void all_variants(Find find, Counts& counts) {
       for (Dtype dtype : {Dtype::f64, Dtype::f32, Dtype::bf16, Dtype::f16})
         for (bool adapts : {false, true}) {
           if (adapts && pass > Pass::ascend && pass != Pass::descend_ascend) continue;
-          dtype == Dtype::f64 ? all_sizes<double>(find, {pass, dtype, *rule, adapts}, counts)
-                              : all_sizes<float>(find, {pass, dtype, *rule, adapts}, counts);
+          for (bool derives : {false, true}) {
+            if (derives && (!descends || *rule == R::none || *rule == R::sgd)) continue;
+            const Variant variant{pass, dtype, *rule, adapts, derives};
+            dtype == Dtype::f64 ? all_sizes<double>(find, variant, counts) : all_sizes<float>(find, variant, counts);
+          }
         }
   }
 }

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from .schema import SCHEMAS
+from .schema import ADDRESS, SCHEMAS
 
 NAMESPACE = "lookbehind_fused"
 LIBRARY = Path(__file__).parent.parent / "_native.abi3.so"
@@ -41,15 +42,24 @@ unavailable: str | None = _load()
 
 
 def _pass(name: str) -> Callable[..., None]:
-    """The op ``name``, telling autograd of what it has written, which a C++ implementation does not do by itself."""
+    """The op ``name``, telling autograd of what it has written, which a C++ implementation does not do by itself.
+
+    A list of tensors costs the dispatcher more than a pass over small ones. Where nobody looks at what an op is given,
+    neither the compiler nor a dispatch mode, the addresses in ``table`` take the place of ``params``.
+    """
     op = getattr(getattr(torch.ops, NAMESPACE), name).default
     names = [arg.name for arg in op._schema.arguments]
     written = [arg.name for arg in op._schema.arguments if arg.alias_info is not None and arg.alias_info.is_write]
+    by_address = "grads" in names
 
     def call(**arguments: Any) -> None:
-        op(*[arguments[argument] for argument in names])
+        values = [arguments[argument] for argument in names]
         if torch.compiler.is_compiling():
-            return  # the compiler counts what a graph writes
+            op(*values)  # the compiler counts what a graph writes
+            return
+        if by_address and arguments["table"].size(1) > ADDRESS and not is_in_torch_dispatch_mode():
+            values[0] = []
+        op(*values)
         changed: list[Tensor] = []
         for argument in written:
             value = arguments[argument]

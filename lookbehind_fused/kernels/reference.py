@@ -22,7 +22,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from .schema import Flag
+from .schema import ADDRESS, Flag
 
 NORM_EPSILON = 1e-16  # added to the norm that an ascent divides by
 CLIP_EPSILON = 1e-6  # added to the norm that clipping divides by, as torch.nn.utils.clip_grad_norm_ does
@@ -84,7 +84,7 @@ def ascend(
 def descend(
     params: Sequence[Tensor],
     grads: Gradients,
-    fast: Tensor,
+    fast: Tensor | None,
     fast_from: Tensor | None,
     state: Sequence[Tensor],
     state_from: Sequence[Tensor],
@@ -99,14 +99,16 @@ def descend(
     """``fast = base_optimizer(fast, g)``, alone: the 2k form, where another evaluation comes before the next ascent."""
     descent = _Descent(state, state_from, steps, steps_from, sq_norms, hyper, rule, flags)
     for param, grad, (row, span) in zip(params, grads, _rows(table), strict=True):
-        fast[span].copy_(descent(_other(fast_from, fast)[span], param, grad, row, span))
+        _, moved = descent(_other(fast_from, fast)[span], param, grad, row, span)
+        if fast is not None:
+            fast[span].copy_(moved)
 
 
 def descend_ascend(
     params: Sequence[Tensor],
     grads: Gradients,
     perturbed: Tensor | None,
-    fast: Tensor,
+    fast: Tensor | None,
     fast_from: Tensor | None,
     state: Sequence[Tensor],
     state_from: Sequence[Tensor],
@@ -145,7 +147,8 @@ def descend_interpolate(
     _, _, alpha, *_ = hyper.tolist()
     descent = _Descent(state, state_from, steps, steps_from, sq_norms, hyper, rule, flags)
     for param, grad, (row, span) in zip(params, grads, _rows(table), strict=True):
-        _vector(param).copy_(torch.lerp(slow[span], descent(fast[span], param, grad, row, span), alpha))
+        _, last = descent(fast[span], param, grad, row, span)
+        _vector(param).copy_(torch.lerp(slow[span], last, alpha))
 
 
 def descend_align(
@@ -154,7 +157,7 @@ def descend_align(
     perturbed: Tensor | None,
     slow: Tensor,
     fast: Tensor,
-    first: Tensor,
+    first: Tensor | None,
     state: Sequence[Tensor],
     state_from: Sequence[Tensor],
     steps: Tensor,
@@ -169,13 +172,14 @@ def descend_align(
     """The last descent, which leaves fast_k where the perturbed weights were, and the three sums that alpha* is made
     of.
 
-    ``fast`` and ``first`` (fast_1) are only read, and for k = 2 are the same buffer.
+    ``fast`` and ``first`` (fast_1) are only read. ``first`` is None for k = 2: fast_1 is what this descent moves.
     """
     descent = _Descent(state, state_from, steps, steps_from, sq_norms, hyper, rule, flags)
     by_tensor = []
     for param, grad, (row, span) in zip(params, grads, _rows(table), strict=True):
-        last = descent(fast[span], param, grad, row, span)
-        by_tensor.append(alignment(first[span] - slow[span], last - slow[span]))
+        before, last = descent(fast[span], param, grad, row, span)
+        fast_1 = before if first is None else first[span]
+        by_tensor.append(alignment(fast_1 - slow[span], last - slow[span]))
         _store(last, param, perturbed, span)
     if flags & Flag.PER_TENSOR:
         sums[[row for row, _ in _rows(table)]] = torch.stack(by_tensor)
@@ -204,32 +208,46 @@ def sgd(w: Tensor, g: Tensor, state: Sequence[Tensor], step: int, hyper: Sequenc
         g = -g
     if weight_decay:
         g = g.add(w, alpha=weight_decay)
-    if state:
-        (momentum_buffer,) = state
-        momentum_buffer = g if step == 1 else (momentum_buffer * momentum).add(g, alpha=1 - dampening)
-        g = g.add(momentum_buffer, alpha=momentum) if flags & Flag.NESTEROV else momentum_buffer
-        state = (momentum_buffer,)
-    return w.add(g, alpha=-lr), state
+    if not state:
+        return w.add(g, alpha=-lr), state
+    (momentum_buffer,) = state
+    momentum_buffer = g if step == 1 else (momentum_buffer * momentum).add(g, alpha=1 - dampening)
+    if flags & Flag.NESTEROV:
+        return w.add(g.add(momentum_buffer, alpha=momentum), alpha=-lr), (momentum_buffer,)
+    return sgd_by_state(w, (momentum_buffer,), step, hyper, flags), (momentum_buffer,)
+
+
+def sgd_by_state(w: Tensor, state: Sequence[Tensor], step: int, hyper: Sequence[float], flags: int) -> Tensor:
+    """What an update with momentum, not Nesterov's, makes of the weights when it has left ``state``."""
+    lr, *_ = hyper
+    return w.add(state[0], alpha=-lr)
 
 
 def adam(w: Tensor, g: Tensor, state: Sequence[Tensor], step: int, hyper: Sequence[float], flags: int):
     """torch.optim.Adam (Kingma and Ba 2015, algorithm 1) and AdamW (Loshchilov and Hutter 2019)."""
-    lr, beta1, beta2, eps, weight_decay = hyper
+    _, beta1, beta2, _, weight_decay = hyper
     if flags & Flag.MAXIMIZE:
         g = -g
-    if weight_decay and flags & Flag.DECOUPLED:
-        w = w * (1 - lr * weight_decay)
-    elif weight_decay:
+    if weight_decay and not flags & Flag.DECOUPLED:
         g = g.add(w, alpha=weight_decay)
     exp_avg, exp_avg_sq, *max_exp_avg_sq = state
     exp_avg = exp_avg.lerp(g, 1 - beta1)
     exp_avg_sq = (exp_avg_sq * beta2).addcmul(g, g, value=1 - beta2)
     if flags & Flag.AMSGRAD:
         max_exp_avg_sq = [torch.maximum(*max_exp_avg_sq, exp_avg_sq)]
-    second_moment = max_exp_avg_sq[0] if flags & Flag.AMSGRAD else exp_avg_sq
-    denominator = (second_moment.sqrt() / (1 - beta2**step) ** 0.5).add(eps)
-    step_size = lr / (1 - beta1**step)
-    return w.addcdiv(exp_avg, denominator, value=-step_size), (exp_avg, exp_avg_sq, *max_exp_avg_sq)
+    state = (exp_avg, exp_avg_sq, *max_exp_avg_sq)
+    return adam_by_state(w, state, step, hyper, flags), state
+
+
+def adam_by_state(w: Tensor, state: Sequence[Tensor], step: int, hyper: Sequence[float], flags: int) -> Tensor:
+    """What update number ``step`` makes of the weights when it has left ``state``; its last entry is the second moment
+    that is divided by.
+    """
+    lr, beta1, beta2, eps, weight_decay = hyper
+    if weight_decay and flags & Flag.DECOUPLED:
+        w = w * (1 - lr * weight_decay)
+    denominator = (state[-1].sqrt() / (1 - beta2**step) ** 0.5).add(eps)
+    return w.addcdiv(state[0], denominator, value=-lr / (1 - beta1**step))
 
 
 def none(w: Tensor, g: Tensor, state: Sequence[Tensor], step: int, hyper: Sequence[float], flags: int):
@@ -238,6 +256,7 @@ def none(w: Tensor, g: Tensor, state: Sequence[Tensor], step: int, hyper: Sequen
 
 
 RULES = {"sgd": sgd, "adam": adam, "none": none}
+BY_STATE = {"sgd": sgd_by_state, "adam": adam_by_state}
 
 
 class _Descent:
@@ -246,13 +265,17 @@ class _Descent:
     def __init__(self, state, state_from, steps, steps_from, sq_norms, hyper, rule, flags) -> None:
         _, _, _, max_grad_norm, *self.hyper = hyper.tolist()
         self.rule, self.flags = RULES[rule], flags
+        self.derive = BY_STATE[rule] if flags & Flag.DERIVES else None
         self.state, self.state_from = state, state_from or state
         self.steps, self.steps_from = steps, _other(steps_from, steps)
         self.clip = None if sq_norms is None else clip_coefficient(sq_norms, max_grad_norm)
 
-    def __call__(self, fast: Tensor, param: Tensor, grad: Tensor | None, row: int, span: slice) -> Tensor:
+    def __call__(self, fast: Tensor, param: Tensor, grad: Tensor | None, row: int, span: slice):
+        """The fast weights before and after."""
         old = [buffer[span] for buffer in self.state_from]
         step = self.steps_from[row]
+        if self.derive is not None:
+            fast = self.derive(fast, old, int(step), self.hyper, self.flags)
         if grad is None:
             moved, new = fast, old
         else:
@@ -262,7 +285,7 @@ class _Descent:
         for buffer, value in zip(self.state, new, strict=True):
             buffer[span].copy_(value)
         self.steps[row] = step
-        return moved
+        return fast, moved
 
 
 # ---- formulas --------------------------------------------------------------------------------------------------------
@@ -324,7 +347,7 @@ def _vector(x: Tensor) -> Tensor:
 
 def _rows(table: Tensor) -> Iterator[tuple[int, slice]]:
     """Each tensor's row in ``steps`` and ``sums`` and its slice of the flat buffers."""
-    for row, start, size in table.tolist():
+    for row, start, size in table[:, :ADDRESS].tolist():
         yield row, slice(start, start + size)
 
 
@@ -337,7 +360,7 @@ def _gradient(grad: Tensor, param: Tensor) -> Tensor:
     return _vector(grad).to(torch.float64 if param.dtype == torch.float64 else torch.float32)
 
 
-def _other(source: Tensor | None, target: Tensor) -> Tensor:
+def _other(source: Tensor | None, target: Tensor | None) -> Tensor | None:
     return target if source is None else source
 
 

@@ -8,17 +8,21 @@ Arguments that recur:
 
 ``params``, ``grads``
     The tensors taking part, where PyTorch put them. A gradient has its parameter's shape and dtype; strides may differ.
+    A backend may take an empty list of ``params`` beside ``grads`` for what ``table`` says of them.
 ``slow``, ``fast``, ``first``, ``perturbed``, ``state``
     Flat buffers of the bucket, 1-D, float32 (float64 for float64 parameters). ``perturbed`` is given for bf16 and fp16
     parameters only: elsewhere the parameters themselves hold the perturbed weights. ``state`` are the base optimizer's
     buffers in the order of its rule (``lookbehind_fused.base``).
 ``fast_from``, ``state_from``, ``steps_from``
     Where the old values are read, if not from the buffer that is written; None (an empty list) means in place.
+    ``fast`` may be None where the fast weights need not be kept: at inner step 1 of a rule whose update is a function
+    of the new state (momentum, Adam). Inner step 2 then finds them again: under ``Flag.DERIVES`` it is given the slow
+    weights for the fast ones, and moves them by the state that it reads before it uses them.
 ``steps``
     float32, one element per tensor of the bucket: how often the base optimizer has updated it.
 ``table``
-    int64 of shape (tensors, 3) in host memory: the tensor's row in ``steps`` and ``sums``, and the start and size of
-    its slice of every flat buffer, in elements.
+    int64 of shape (tensors, 3 or more) in host memory, made by ``tensor_table``: the tensor's row in ``steps`` and
+    ``sums``, the start and size of its slice of every flat buffer, in elements; then its address, sizes and strides.
 ``sq_norms``, ``row``
     float64 of shape (buckets, 2), on the parameters' device: the sums of squares of T g and of g, which whoever reads
     them adds up. ``row`` is the bucket's own. A pass that ascends fills it first if it is not negative: with a single
@@ -34,7 +38,13 @@ Arguments that recur:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from enum import IntFlag
+
+import torch
+from torch import Tensor
+
+ADDRESS = 3  # the column of ``table`` that holds addresses; sizes and strides follow
 
 
 class Flag(IntFlag):
@@ -46,6 +56,7 @@ class Flag(IntFlag):
     NESTEROV = 8
     AMSGRAD = 16
     DECOUPLED = 32  # weight decay as in AdamW
+    DERIVES = 64  # inner step 2: the fast weights are not read but derived from the slow ones and the state
 
 
 _STATE = "Tensor(s!)[] state, Tensor[] state_from, Tensor(n!) steps, Tensor? steps_from, Tensor table"
@@ -56,11 +67,26 @@ SCHEMAS = {
     "Tensor(a!) sq_norms, int row) -> ()",
     "ascend": "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)? perturbed, Tensor(c!)? slow, Tensor table, "
     "Tensor(d!) sq_norms, int row, Tensor hyper, int flags) -> ()",
-    "descend": f"(Tensor[] params, Tensor[] grads, Tensor(a!) fast, Tensor? fast_from, {_DESCENT}) -> ()",
-    "descend_ascend": "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)? perturbed, Tensor(c!) fast, "
+    "descend": f"(Tensor[] params, Tensor[] grads, Tensor(a!)? fast, Tensor? fast_from, {_DESCENT}) -> ()",
+    "descend_ascend": "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)? perturbed, Tensor(c!)? fast, "
     f"Tensor? fast_from, {_STATE}, Tensor(d!) sq_norms, int row, Tensor hyper, str rule, int flags) -> ()",
     "descend_interpolate": f"(Tensor(a!)[] params, Tensor[] grads, Tensor slow, Tensor fast, {_DESCENT}) -> ()",
     "descend_align": "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)? perturbed, Tensor slow, Tensor fast, "
-    f"Tensor first, {_DESCENT}, Tensor(c!) sums) -> ()",
+    f"Tensor? first, {_DESCENT}, Tensor(c!) sums) -> ()",
     "interpolate": "(Tensor(a!)[] params, Tensor? perturbed, Tensor slow, Tensor table, Tensor sums, int flags) -> ()",
 }
+
+
+def tensor_table(params: Sequence[Tensor], starts: Sequence[int]) -> Tensor:
+    """The argument ``table`` for tensors whose slices of the flat buffers begin at ``starts``.
+
+    int64 of shape (tensors, 4 + 2 d), d being the largest number of dimensions: tensors with fewer have dimensions of
+    one element in front.
+    """
+    dim = max((p.dim() for p in params), default=0)
+    rows = []
+    for row, (p, start) in enumerate(zip(params, starts, strict=True)):
+        pad = dim - p.dim()
+        sizes, strides = [*[1] * pad, *p.shape], [*[0] * pad, *p.stride()]
+        rows.append([row, start, p.numel(), p.data_ptr(), *sizes, *strides])
+    return torch.tensor(rows, dtype=torch.int64).view(len(rows), ADDRESS + 1 + 2 * dim)
