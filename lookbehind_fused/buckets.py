@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -53,8 +53,7 @@ class Evaluation:
     last: bool
 
 
-@dataclass(frozen=True)
-class Gathered:
+class Gathered(NamedTuple):
     """The gradients of one evaluation in one bucket.
 
     Attributes:
@@ -70,8 +69,7 @@ class Gathered:
     late: Sequence[int] = ()
 
 
-@dataclass(frozen=True)
-class Part:
+class Part(NamedTuple):
     """Tensors of a bucket that a descending pass treats alike."""
 
     kernels: ModuleType
@@ -85,14 +83,14 @@ class Scalars:
     """What buckets tell one another, in device memory; row b of each tensor is written by bucket b.
 
     Attributes:
-        sq_norms: per device, float64 of shape (evaluations, buckets, 2).
+        sq_norms: per device, for each evaluation float64 of shape (buckets, 2).
         sums: per device, float64 of shape (buckets, 3).
     """
 
     def __init__(self, buckets: Sequence[Bucket], evaluations: int) -> None:
         self.devices = [bucket.device for bucket in buckets]
         shape = (evaluations, len(buckets), 2)
-        self.sq_norms = {d: torch.zeros(shape, dtype=torch.float64, device=d) for d in set(self.devices)}
+        self.sq_norms = {d: torch.zeros(shape, dtype=torch.float64, device=d).unbind() for d in set(self.devices)}
         self.sums = {d: torch.zeros(shape[1], 3, dtype=torch.float64, device=d) for d in set(self.devices)}
         # A single bucket has its sums of squares added up by the pass that ascends with them.
         self.alone = len(buckets) == 1
@@ -218,7 +216,7 @@ class Bucket:
             self._allocate(settings)
         self.settings = settings
         if moved:
-            self.addresses = [p.data_ptr() for p in self.params]
+            self.addresses = [*map(Tensor.data_ptr, self.params)]
             self.table[:, ADDRESS] = torch.tensor(self.addresses)
         self.joined: set[int] | frozenset[int] = set()  # rows that had a gradient in this step
         self.updated: set[int] | frozenset[int] = set()  # rows that the base optimizer has updated in this step
@@ -334,7 +332,7 @@ class Bucket:
         Raises:
             RuntimeError: a parameter was moved since the step began.
         """
-        if [p.data_ptr() for p in self.params] != self.addresses:
+        if [*map(Tensor.data_ptr, self.params)] != self.addresses:
             self._report_moved()
         gathered = self.gather()
         rows = self.everyone if len(gathered.rows) == len(self.params) else set(gathered.rows)

@@ -649,8 +649,8 @@ class Seen:
         self.tensors = tensors
         self.ids = [*map(id, tensors)]
         self.groups = [*map(id, groups)]
-        self.addresses = [p.data_ptr() for p in tensors]
-        self.strides = [p.stride() for p in tensors]
+        self.addresses = [*map(Tensor.data_ptr, tensors)]
+        self.strides = [*map(Tensor.stride, tensors)]
         held = {id(p) for bucket in buckets for p in bucket.params}
         self.others = [p for p in tensors if id(p) not in held]
 
@@ -662,8 +662,8 @@ class Seen:
         return (
             [*map(id, tensors)] == self.ids
             and [*map(id, groups)] == self.groups
-            and [p.data_ptr() for p in tensors] == self.addresses
-            and [p.stride() for p in tensors] == self.strides
+            and [*map(Tensor.data_ptr, tensors)] == self.addresses
+            and [*map(Tensor.stride, tensors)] == self.strides
             and not any([p.requires_grad or p.grad is not None for p in self.others])
         )
 
