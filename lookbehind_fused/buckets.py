@@ -39,8 +39,8 @@ class Evaluation:
         descends: the base optimizer uses this gradient.
         ascends: the next ascent uses this gradient.
         perturbed: whether the model's weights are perturbed; at evaluation 0 they are the slow weights.
-        first, second, last: whether the inner step is number 1, 2, k (as booleans: an int that takes several values in
-            compiled code becomes a symbol there).
+        first, second, last, odd: whether the inner step is number 1, 2, k, an odd one (as booleans: an int that takes
+            several values in compiled code becomes a symbol there).
     """
 
     index: int
@@ -51,6 +51,7 @@ class Evaluation:
     first: bool
     second: bool
     last: bool
+    odd: bool
 
 
 class Gathered(NamedTuple):
@@ -148,10 +149,12 @@ class Bucket:
         self.everyone = frozenset(self.all_rows)
         self.table, self.size = self._make_table()
         self.buffers: dict[str, Tensor] = {}
-        self.steps = torch.zeros(len(params))
-        self.working_steps = torch.zeros(len(params))
+        scalars = self.device if kernels.SCALARS_ON_DEVICE else torch.device("cpu")
+        self.steps = torch.zeros(len(params), device=scalars)
+        # Of even and of odd inner steps: kernels read one while they write the other.
+        self.working_steps = [torch.zeros(len(params), device=scalars) for _ in range(2)]
         self.sums = torch.zeros(len(params), 3, dtype=torch.float64, device=self.device)
-        self.hyper = torch.zeros(4 + len(rule.hyper(group)), dtype=torch.float64)
+        self.hyper = torch.zeros(4 + len(rule.hyper(group)), dtype=torch.float64, device=scalars)
         self.group_values: tuple = ()
         self.settings: Settings | None = None
         self.state_names: tuple[str, ...] = ()
@@ -253,7 +256,8 @@ class Bucket:
         check_group(group, self.group_name)
         clip = float("inf") if settings.max_grad_norm is None else settings.max_grad_norm
         hyper = (group["rho"], group["eta"], settings.static_alpha, clip, *self.rule.hyper(group))
-        self.hyper.copy_(torch.tensor([float(value) for value in hyper], dtype=torch.float64))
+        values_now = torch.tensor([float(value) for value in hyper], dtype=torch.float64)
+        self.hyper.copy_(values_now.pin_memory() if self.hyper.is_cuda else values_now, non_blocking=True)
         per_tensor = Flag.PER_TENSOR * (settings.alpha_scope == "tensor")
         self.flags = int(self.rule.flags(group) + Flag.ADAPTIVE * group["adaptive"] + per_tensor)
         self.group_values = () if any(isinstance(value, Tensor) for value in hyper) else values  # they change in place
@@ -391,7 +395,8 @@ class Bucket:
         if self.settings.k > 1:
             for name in self.state_names:
                 self.view(working(name), row).copy_(self.view(name, row))
-            self.working_steps[row] = self.steps[row]
+            for working_steps in self.working_steps:
+                working_steps[row] = self.steps[row]
         self.joined = self.joined | {row}
 
     # ---- passes ----
@@ -580,6 +585,9 @@ class Bucket:
         own = [self.buffers[name] for name in names]
         reads_own, writes_own = evaluation.first, evaluation.last
         in_place = reads_own == writes_own
+        steps_from = self.steps if reads_own else self.working_steps[not evaluation.odd]
+        if reads_own and writes_own:
+            steps_from = None
         between = own if reads_own and writes_own else [self.buffers[working(name)] for name in names]
         clips = self.settings.max_grad_norm is not None
         return {
@@ -587,8 +595,8 @@ class Bucket:
             "grads": part.grads,
             "state": own if writes_own else between,
             "state_from": [] if in_place else own if reads_own else between,
-            "steps": self.steps if writes_own else self.working_steps,
-            "steps_from": None if in_place else self.steps if reads_own else self.working_steps,
+            "steps": self.steps if writes_own else self.working_steps[evaluation.odd],
+            "steps_from": steps_from,
             "table": part.table,
             "sq_norms": scalars.sq_norms[self.device][evaluation.index] if clips else None,
             "hyper": self.hyper,

@@ -80,8 +80,8 @@ class Lookbehind(Optimizer):
             running
             over all parameters (as ``torch.nn.utils.clip_grad_norm_``); None does not clip. The ascent has no use for
             it.
-        backend: ``"auto"`` (the fastest that there is for the device), ``"native"`` (C++, for CPUs) or ``"reference"``
-            (plain PyTorch).
+        backend: ``"auto"`` (the fastest that there is for the device), ``"native"`` (C++, for CPUs), ``"triton"`` (for
+            GPUs) or ``"reference"`` (plain PyTorch).
         **base_kwargs: arguments of the class ``base_optimizer``.
 
     For bf16 and fp16 parameters the slow, fast and perturbed weights and the base's state are kept in float32 during
@@ -112,7 +112,7 @@ class Lookbehind(Optimizer):
         check_group(group_defaults)
         check_bool("reuse_gradient", reuse_gradient)
         checked_settings(k, alpha, alpha_scope, max_grad_norm)
-        kernels.resolve(backend, torch.device("cpu"))
+        kernels.resolve(backend)
         base = _build_base(params, base_optimizer, base_kwargs)
         check_parameters(*_params_and_names(base.param_groups))
         for number, group in enumerate(base.param_groups):
@@ -680,7 +680,14 @@ def _plan(k: int, reuse_gradient: bool) -> tuple[Evaluation, ...]:
         if not reuse_gradient and i < k:
             uses.append((i + 1, False, True))
     return tuple(
-        Evaluation(index, *use, perturbed=index > 0, first=use[0] == 1, second=use[0] == 2, last=use[0] == k)
+        Evaluation(
+            *(index, *use),
+            perturbed=index > 0,
+            first=use[0] == 1,
+            second=use[0] == 2,
+            last=use[0] == k,
+            odd=use[0] % 2 == 1,
+        )
         for index, use in enumerate(uses)
     )
 

@@ -1,6 +1,7 @@
 """What every test shares: the backends, seeds, poisoned memory, and the ways to drive a step and to compare."""
 
 import itertools
+import os
 import random
 from collections.abc import Callable, Collection, Iterator
 from typing import Any
@@ -12,7 +13,7 @@ from torch import Tensor
 from lookbehind_fused import Lookbehind
 from tests.algorithm1 import Formulas, Gradients, algorithm1
 
-BACKENDS = ["reference", "native"]
+BACKENDS = os.environ.get("LOOKBEHIND_TEST_BACKENDS", "reference native").split()
 """Every test that takes the fixture ``backend`` runs on each of these."""
 
 LOW_PRECISION = (torch.bfloat16, torch.float16)

@@ -7,19 +7,19 @@ from types import ModuleType
 
 import torch
 
-from . import native, reference
+from . import native, reference, triton
 from .schema import SCHEMAS, Flag
 
 __all__ = ["BACKENDS", "SCHEMAS", "Flag", "resolve"]
 
-BACKENDS: dict[str, ModuleType] = {"reference": reference, "native": native}
+BACKENDS: dict[str, ModuleType] = {"reference": reference, "native": native, "triton": triton}
 
 # What "auto" takes for tensors on a device, the fastest first; any device has the reference.
-AUTO: dict[str, tuple[str, ...]] = {"cpu": ("native", "reference")}
+AUTO: dict[str, tuple[str, ...]] = {"cpu": ("native", "reference"), "cuda": ("triton", "reference")}
 
 
-def resolve(backend: str, device: torch.device) -> ModuleType:
-    """The module whose functions are the passes for tensors on ``device``.
+def resolve(backend: str, device: torch.device | None = None) -> ModuleType:
+    """The module whose functions are the passes for tensors on ``device``; None: on any that it may serve.
 
     ``"auto"`` is the fastest that there is, and warns once when a faster one is missing.
 
@@ -31,20 +31,24 @@ def resolve(backend: str, device: torch.device) -> ModuleType:
         names = ", ".join(map(repr, ("auto", *BACKENDS)))
         raise ValueError(f"backend: expected one of {names}, got {backend!r}")
     if backend == "auto":
-        return _fastest(device)
-    if backend == "native" and device.type != "cpu":
-        raise ValueError(f"backend: expected one with kernels for tensors on {device}, got 'native', which is for CPUs")
-    if backend == "native" and native.unavailable:
-        raise RuntimeError(f"backend: 'native' is not available: {native.unavailable}; {native.REMEDY}")
-    return BACKENDS[backend]
+        return _fastest(device or torch.device("cpu"))
+    module = BACKENDS[backend]
+    if module.why_not():
+        raise RuntimeError(f"backend: {backend!r} is not available: {module.why_not()}; {module.REMEDY}")
+    if device is not None and not module.serves(device):
+        raise ValueError(
+            f"backend: expected one with kernels for tensors on {device}, got {backend!r}, which is for "
+            f"{module.DEVICES}"
+        )
+    return module
 
 
 def _fastest(device: torch.device) -> ModuleType:
     for name in AUTO.get(device.type, ("reference",)):
-        if name == "native" and native.unavailable:
-            _warn_once(f"backend 'auto' uses the slower 'reference': {native.unavailable}; {native.REMEDY}")
-            continue
-        return BACKENDS[name]
+        module = BACKENDS[name]
+        if not module.why_not():
+            return module
+        _warn_once(f"backend 'auto' uses the slower 'reference': {module.why_not()}; {module.REMEDY}")
     return reference
 
 

@@ -12,19 +12,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import increment_version
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
+from . import ops
 from .schema import ADDRESS, SCHEMAS
 
 NAMESPACE = "lookbehind_fused"
 LIBRARY = Path(__file__).parent.parent / "_native.abi3.so"
 REMEDY = "install a C++17 compiler (g++) and ninja, then install the package again with --no-build-isolation"
+DEVICES = "CPUs"
+SCALARS_ON_DEVICE = False  # hyper and steps are read by the host
 
-_definitions = torch.library.Library(NAMESPACE, "DEF")
-for _name, _schema in SCHEMAS.items():
-    _definitions.define(_name + _schema, tags=(torch.Tag.needs_fixed_stride_order,))
-    torch.library.register_fake(f"{NAMESPACE}::{_name}", lambda *arguments: None, lib=_definitions)
+_definitions = ops.define(NAMESPACE)
 
 
 def _load() -> str | None:
@@ -41,36 +39,32 @@ def _load() -> str | None:
 unavailable: str | None = _load()
 
 
-def _pass(name: str) -> Callable[..., None]:
-    """The op ``name``, telling autograd of what it has written, which a C++ implementation does not do by itself.
+def why_not() -> str | None:
+    """Why there is nothing to call; None if there is."""
+    return unavailable
 
-    A list of tensors costs the dispatcher more than a pass over small ones. Where nobody looks at what an op is given,
-    neither the compiler nor a dispatch mode, the addresses in ``table`` take the place of ``params``.
+
+def serves(device: torch.device) -> bool:
+    """Whether there are kernels for tensors on a device."""
+    return device.type == "cpu"
+
+
+def _by_address(name: str) -> Callable[..., None]:
+    """The op ``name`` without the list of parameters: a list of tensors costs the dispatcher more than a pass over
+    small ones, and ``table`` has their addresses.
     """
     op = getattr(getattr(torch.ops, NAMESPACE), name).default
-    names = [arg.name for arg in op._schema.arguments]
-    written = [arg.name for arg in op._schema.arguments if arg.alias_info is not None and arg.alias_info.is_write]
-    by_address = "grads" in names
+    position = [argument.name for argument in op._schema.arguments].index("table")
 
-    def call(**arguments: Any) -> None:
-        values = [arguments[argument] for argument in names]
-        if torch.compiler.is_compiling():
-            op(*values)  # the compiler counts what a graph writes
-            return
-        if by_address and arguments["table"].size(1) > ADDRESS and not is_in_torch_dispatch_mode():
-            values[0] = []
-        op(*values)
-        changed: list[Tensor] = []
-        for argument in written:
-            value = arguments[argument]
-            if isinstance(value, Tensor):
-                changed.append(value)
-            elif value:
-                changed.extend(value)
-        increment_version(changed)
+    def call(params: list[Tensor], grads: Any, *others: Any) -> None:
+        table = others[position - 2]
+        op([] if table.size(1) > ADDRESS else params, grads, *others)
 
-    call.__name__ = call.__qualname__ = name
     return call
+
+
+def _pass(name: str) -> Callable[..., None]:
+    return ops.as_pass(NAMESPACE, name, _by_address(name) if "Tensor[] grads" in SCHEMAS[name] else None)
 
 
 reduce_sq_norm = _pass("reduce_sq_norm")

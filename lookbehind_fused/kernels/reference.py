@@ -30,6 +30,20 @@ SUM_CHUNK = 16384  # below the size from which torch splits a sum over threads: 
 
 Gradients = Sequence[Tensor | None]
 
+REMEDY = ""
+DEVICES = "any device"
+SCALARS_ON_DEVICE = False  # hyper and steps are read by the host
+
+
+def why_not() -> str | None:
+    """None: there always is this backend."""
+    return None
+
+
+def serves(device: torch.device) -> bool:
+    """Any device that PyTorch has."""
+    return True
+
 
 # ---- passes ----------------------------------------------------------------------------------------------------------
 

@@ -1,0 +1,205 @@
+"""What the Triton kernels move, counted from their compiled code as it is executed; no GPU is needed.
+
+`PYTHONPATH=<folder of gpusim> python -m benchmarks.traffic` prints a table: for each pass of an outer step the bytes
+that it reads and writes per parameter, its registers and its 16-byte accesses, and for the whole step what DESIGN's
+section 3 allows, and what the naive loop and the foreach form move, counted from their torch ops. float32, one tensor
+of whole chunks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.util
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from benchmarks.bounds import bytes_per_parameter
+from benchmarks.contenders import Foreach, Naive, Settings
+from lookbehind_fused import Lookbehind
+
+SIZE = 4 * 4096
+SGD = (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "weight_decay": 5e-4})
+STEPS = {
+    "SGD, k = 1": (*SGD, Settings(k=1)),
+    "SGD, k = 2": (*SGD, Settings()),
+    "SGD, k = 3": (*SGD, Settings(k=3)),
+    "SGD, k = 2, ASAM": (*SGD, Settings(asam=True)),
+    "SGD, k = 2, adaptive": (*SGD, Settings(alpha="adaptive", scope="global")),
+    "SGD, k = 3, adaptive": (*SGD, Settings(k=3, alpha="adaptive", scope="global")),
+    "Adam, k = 2": (torch.optim.Adam, {"lr": 0.01}, Settings()),
+    "AdamW with amsgrad, k = 2": (torch.optim.AdamW, {"lr": 0.01, "amsgrad": True}, Settings()),
+}
+
+
+@dataclass
+class Launch:
+    """One kernel launch: bytes per parameter, registers and stack of a thread, and its accesses of 16 bytes."""
+
+    kernel: str
+    read: dict[str, float] = field(default_factory=dict)
+    written: dict[str, float] = field(default_factory=dict)
+    registers: int = 0
+    stack: int = 0
+    wide: int = 0
+
+    @property
+    def bytes(self) -> float:
+        """Of all arrays of the model's size, read and written."""
+        return sum(self.read.values()) + sum(self.written.values())
+
+
+def launches(
+    base: type[torch.optim.Optimizer], options: dict[str, Any], settings: Settings, driver: Any
+) -> list[Launch]:
+    """The kernels of a second outer step, executed."""
+    generator = torch.Generator().manual_seed(0)
+    p = torch.randn(SIZE, generator=generator).requires_grad_()
+    g = torch.randn(SIZE, generator=generator)
+    optimizer = Lookbehind(
+        [p], base, rho=settings.rho, k=settings.k, alpha=settings.alpha, alpha_scope=settings.scope,
+        adaptive=settings.asam, eta=settings.eta, backend="triton", **options,
+    )  # fmt: skip
+    driver.clear()
+    driver.opts.update(stats=True)
+    driver.register(p.detach())
+    driver.register(g, readonly=True)
+    for _ in range(2):
+        driver.log.clear()
+        for _ in optimizer.evaluations():
+            p.grad = g
+    (bucket,) = optimizer._buckets
+    arrays = {"params": p.detach(), "grads": g, **bucket.buffers}
+    found = []
+    for entry in driver.log:
+        moved = traffic_of(entry, arrays)
+        dynamic = entry["stats"]["dyn"]
+        found.append(
+            Launch(
+                entry["name"],
+                {name: t.read / SIZE for name, t in moved.items() if t.read},
+                {name: t.written / SIZE for name, t in moved.items() if t.written},
+                entry["resources"]["reg"],
+                entry["resources"]["stack"],
+                dynamic.get("ld.global.v4.b32", 0) + dynamic.get("st.global.v4.b32", 0),
+            )
+        )
+    return found
+
+
+def traffic_of(entry: dict[str, Any], arrays: dict[str, Tensor]) -> dict[str, Any]:
+    """Of one launch, by array; those that it was not given are left out."""
+    from gpusim.ptxsim import traffic
+
+    found = {}
+    for name, array in arrays.items():
+        with contextlib.suppress(KeyError):
+            found |= traffic([entry["stats"]], {name: array})
+    return found
+
+
+class Moved(TorchDispatchMode):
+    """Bytes of the model's size that torch ops read and write, an argument or result counting once an op."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Count, then run."""
+        result = func(*args, **(kwargs or {}))
+        if func.is_view:
+            return result
+        schema, reads, writes = func._schema, 0, 0
+        for argument, value in zip(schema.arguments, args, strict=False):
+            size = sum(t.nbytes for t in tensors(value) if t.numel() >= SIZE)
+            mutates = argument.alias_info is not None and argument.alias_info.is_write
+            only_written = mutates and schema.name.split("::")[1].strip("_") in (
+                "copy",
+                "_foreach_copy",
+                "zero",
+                "fill",
+            )
+            reads += 0 if only_written else size
+            writes += size if mutates else 0
+        if not any(r.alias_info is not None for r in schema.returns):
+            writes += sum(t.nbytes for t in tensors(result) if t.numel() >= SIZE)
+        self.bytes += reads + writes
+        return result
+
+
+def tensors(value: Any) -> list[Tensor]:
+    """Those in an argument."""
+    values = value if isinstance(value, (list, tuple)) else [value]
+    return [t for t in values if isinstance(t, Tensor)]
+
+
+def moved_by(contender: Callable[[Sequence[Tensor], Settings], Any], settings: Settings) -> float:
+    """Bytes per parameter of a contender's second step."""
+    p = torch.randn(SIZE).requires_grad_()
+    run = contender([p], settings)
+    counted = Moved()
+    for step in range(2):
+        evaluations = iter(run.evaluations())
+        while True:
+            with counted:
+                if next(evaluations, None) is None:
+                    break
+            p.grad = torch.randn(SIZE)
+        if step == 0:
+            counted.bytes = 0
+    return counted.bytes / SIZE
+
+
+def table(capability: int) -> str:
+    """All steps, as Markdown."""
+    from gpusim import simdriver
+
+    driver = simdriver.activate(capability)
+    lines = [
+        "| step | pass | read | written | bytes | registers | stack |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for title, (base, options, settings) in STEPS.items():
+        found = launches(base, options, settings, driver)
+        for launch in found:
+            of = [", ".join(name for name in side) for side in (launch.read, launch.written)]
+            lines.append(
+                f"| {title} | `{launch.kernel}` | {of[0]} | {of[1]} | {launch.bytes:g} | {launch.registers} "
+                f"| {launch.stack} |"
+            )
+        total = f"**{sum(launch.bytes for launch in found):g}**"
+        beside = f"{len(found)} launches"
+        if base is torch.optim.SGD:
+            allowed, naive, foreach = (
+                bytes_per_parameter(settings),
+                moved_by(Naive, settings),
+                moved_by(Foreach, settings),
+            )
+            beside += f"; DESIGN allows {allowed}; foreach {foreach:g}, naive {naive:g} (2k gradients)"
+        lines.append(f"| {title} | all | {beside} | | {total} | | |")
+    simdriver.deactivate()
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the table; 2 where the tools for it are missing."""
+    parser = argparse.ArgumentParser(prog="benchmarks.traffic", description=__doc__.splitlines()[0])
+    parser.add_argument("--sm", type=int, default=90, help="compute capability to compile for (default: 90)")
+    chosen = parser.parse_args(argv)
+    for name in ("triton", "gpusim"):
+        if importlib.util.find_spec(name) is None:
+            print(f"benchmarks.traffic: needs {name} on PYTHONPATH", file=sys.stderr)
+            return 2
+    print(table(chosen.sm))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,218 @@
+"""One pass by itself: its arguments in every form, and the comparison with the reference in float64.
+
+The table of cases that every backend's kernels are run on: ``cases``.
+"""
+
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lookbehind_fused.kernels import SCHEMAS, Flag, native, reference
+from lookbehind_fused.kernels.schema import ADDRESS, tensor_table
+from tests.conftest import LOW_PRECISION, assert_equal, dense, scaled_error
+
+OPS = {name: getattr(torch.ops.lookbehind_fused, name).default for name in SCHEMAS}
+ARGUMENTS = {name: [a.name for a in op._schema.arguments] for name, op in OPS.items()}
+WRITTEN = {
+    name: [a.name for a in op._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
+    for name, op in OPS.items()
+}
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+# Of one pass: eight roundings of a number of the size of one. Whole steps have the issue's 2e-6 and 1e-12 elsewhere.
+TOLERANCE = {torch.float64: 1e-15, torch.float32: 5e-7, torch.bfloat16: 5e-7, torch.float16: 5e-7}
+
+# name: rule, buffers of its state, flags; hyperparameters none of which is at its default
+RULES = {
+    "none": ("none", 0, 0),
+    "sgd": ("sgd", 0, 0),
+    "sgd-maximize": ("sgd", 0, Flag.MAXIMIZE),
+    "momentum": ("sgd", 1, 0),
+    "nesterov": ("sgd", 1, Flag.NESTEROV | Flag.MAXIMIZE),
+    "adam": ("adam", 2, 0),
+    "adam-amsgrad": ("adam", 3, Flag.AMSGRAD | Flag.MAXIMIZE),
+    "adamw": ("adam", 2, Flag.DECOUPLED),
+    "adamw-amsgrad": ("adam", 3, Flag.AMSGRAD | Flag.DECOUPLED),
+}
+DERIVABLE = [rule for rule, (_, states, flags) in RULES.items() if states and not flags & Flag.NESTEROV]
+HYPER = {"none": [], "sgd": [0.11, 0.8, 0.3, 0.02], "adam": [0.013, 0.8, 0.97, 1e-3, 0.05]}
+BUFFERS = {"perturbed", "slow", "fast", "fast_from", "first", "state", "state_from"}
+SIZES = [7, 1, 0, 130, 16_385, 33, 512, 1000]
+DESCENTS = [name for name in SCHEMAS if name.startswith("descend")]
+VARIANTS = [(name, rule) for name in SCHEMAS for rule in (RULES if name in DESCENTS else ["none"])]
+
+
+class Case:
+    """The arguments of one op, with numbers of the size of one in all of them and NaN in all memory between.
+
+    Args:
+        name: of the op.
+        sizes: elements of each tensor; a tuple is a shape. Tensors begin at odd addresses.
+        flags: beside those of the rule.
+        apart: old values are read from other buffers than those that are written.
+        unkept: there is no buffer for the fast weights (descend, descend_ascend) or for fast_1 (descend_align).
+        listed: the parameters come as a list; otherwise by the addresses in ``table``.
+        row: the bucket's own row of ``sq_norms``, filled by a pass that ascends; -1 leaves it as it is.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        dtype: torch.dtype,
+        sizes: list[Any],
+        rule: str = "none",
+        flags: int = 0,
+        *,
+        apart: bool = True,
+        unkept: bool = False,
+        listed: bool = True,
+        row: int = 1,
+        seed: int = 0,
+    ) -> None:
+        self.name, self.dtype, self.listed = name, dtype, listed
+        self.generator = torch.Generator().manual_seed(seed)
+        self.compute = torch.float64 if dtype == torch.float64 else torch.float32
+        self.shapes = [(size,) if isinstance(size, int) else size for size in sizes]
+        count, unit, start = len(sizes), 64 // self.compute.itemsize, 16
+        self.spans = []
+        for shape in self.shapes:
+            self.spans.append(slice(start, start + torch.Size(shape).numel()))
+            start += -(-torch.Size(shape).numel() // unit) * unit
+        self.size = start + 5
+        rule_name, states, own_flags = RULES[rule]
+        table = [[count - 1 - t, span.start, span.stop - span.start] for t, span in enumerate(self.spans)]
+        low = dtype in LOW_PRECISION
+        rows = count if flags & Flag.PER_TENSOR else 2 if name == "interpolate" else 1
+        sums = torch.rand(rows, 3, generator=self.generator, dtype=torch.float64) * 0.5 + 1.0
+        everything = {
+            "params": [self.tensor(shape, t % 3) for t, shape in enumerate(self.shapes)],
+            "grads": [self.tensor(shape, (t + 1) % 4) for t, shape in enumerate(self.shapes)],
+            "perturbed": self.buffer() if low else None,
+            "slow": self.buffer(),
+            "fast": None if unkept and name in ("descend", "descend_ascend") else self.buffer(),
+            "fast_from": self.buffer() if apart or unkept else None,
+            "first": None if unkept else self.buffer(),
+            "state": [self.buffer(positive=s > 0) for s in range(states)],
+            "state_from": [self.buffer(positive=s > 0) for s in range(states)] if apart else [],
+            "steps": torch.arange(count, dtype=torch.float32) % 4 + bool(flags & Flag.DERIVES),
+            "steps_from": 1 + torch.arange(count, dtype=torch.float32).flip(0) % 3 if apart else None,
+            "table": torch.tensor(table, dtype=torch.int64).view(-1, 3),
+            "sq_norms": torch.tensor([[3.0, 4.0], [1.5, 2.0]], dtype=torch.float64),
+            "row": row,
+            "hyper": torch.tensor([0.3, 0.03, 0.3, 1.5, *HYPER[rule_name]], dtype=torch.float64),
+            "rule": rule_name,
+            "flags": int(own_flags | flags),
+            "sums": sums if name == "interpolate" else torch.full_like(sums, float("nan")),
+        }
+        if flags & Flag.DERIVES and "slow" in ARGUMENTS[name]:
+            everything["fast"] = everything["slow"].clone()
+        self.arguments = {key: everything[key] for key in ARGUMENTS[name]}
+
+    def random(self, shape: Any) -> Tensor:
+        return torch.randn(shape, generator=self.generator, dtype=torch.float64)
+
+    def tensor(self, shape: Any, offset: int) -> Tensor:
+        return dense(self.random(shape).to(self.dtype), None, offset)
+
+    def buffer(self, positive: bool = False) -> Tensor:
+        buffer = torch.full((self.size,), float("nan"), dtype=self.compute)
+        for span in self.spans:
+            values = self.random((span.stop - span.start,))
+            buffer[span] = (values.abs() if positive else values).to(self.compute)
+        return buffer
+
+    def copies(self, dtype: torch.dtype | None = None) -> dict[str, Any]:
+        """The arguments with memory of their own, at the same offsets; with ``dtype``, what is walked over is in it."""
+
+        def one(key: str, value: Any) -> Any:
+            if isinstance(value, list):
+                return [one(key, entry) for entry in value]
+            if not isinstance(value, Tensor):
+                return value
+            if key in ("params", "grads"):
+                return dense(value.to(dtype or value.dtype), None, value.storage_offset())
+            return value.clone().to(dtype if key in BUFFERS and dtype else value.dtype)
+
+        return {key: one(key, value) for key, value in self.arguments.items()}
+
+    def run(self, backend: Any, dtype: torch.dtype | None = None) -> dict[str, Any]:
+        """All arguments after the op has run on copies of them."""
+        arguments = self.copies(dtype)
+        given = arguments
+        if backend is not reference and not self.listed:
+            layouts = tensor_table(arguments["params"], [0] * len(self.spans))
+            given = {**arguments, "table": torch.cat([arguments["table"], layouts[:, ADDRESS:]], 1)}
+        getattr(backend, self.name)(**given)
+        return arguments
+
+    def check(self, backend: Any = native) -> None:
+        """A backend against the reference in float64: what is written, and that nothing else is."""
+        found, expected = self.run(backend), self.run(reference, torch.float64)
+        self.check_written(found, expected)
+        for key, before in self.arguments.items():
+            for value, a, e in zip(
+                listed_values(before), listed_values(found[key]), listed_values(expected[key]), strict=True
+            ):
+                if isinstance(value, Tensor) and key not in WRITTEN[self.name]:
+                    assert_equal(f"{self.name}: {key} of {backend.__name__}", a, value)
+                    assert_equal(f"{self.name}: {key} of the reference", e, value.to(e.dtype))
+                elif isinstance(value, Tensor) and key in BUFFERS:
+                    between = blanked(value, self.spans)
+                    assert_equal(f"{self.name}: {key} between the tensors", blanked(a, self.spans), between)
+
+    def check_written(self, found: dict[str, Any], expected: dict[str, Any]) -> None:
+        """What the op writes, tensor by tensor."""
+        for key in WRITTEN[self.name]:
+            for i, (a, e) in enumerate(zip(listed_values(found[key]), listed_values(expected[key]), strict=True)):
+                if a is not None:
+                    for part in self.spans if key in BUFFERS else [...]:
+                        self.compare(f"{self.name}: {key}[{i}]", key, a[part], e[part])
+
+    def compare(self, what: str, key: str, a: Tensor, e: Tensor) -> None:
+        assert bool(e.isfinite().all()) or key == "sums", what
+        if key == "steps":
+            assert_equal(what, a, e)
+            return
+        if key == "params" and self.dtype in LOW_PRECISION:  # one rounding, and the boundary may be on the other side
+            near = e.abs() * (torch.finfo(self.dtype).eps / 2) + torch.finfo(self.dtype).smallest_normal * 2**-10
+            beyond = ((a.double() - e).abs() - near).clamp(min=0)
+            error = scaled_error(beyond, torch.zeros_like(beyond))
+        else:
+            a, e = (x.nan_to_num(nan=-7.0) if key == "sums" else x for x in (a, e))  # rows of nobody stay NaN
+            error = scaled_error(a, e)
+        assert error <= TOLERANCE[self.dtype], f"{what}: {error:.2e}"
+
+
+def listed_values(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def blanked(buffer: Tensor, spans: list[slice]) -> Tensor:
+    """What lies between the tensors of a flat buffer."""
+    buffer = buffer.clone()
+    for span in spans:
+        buffer[span] = 0.0
+    return buffer
+
+
+# ---- each pass -------------------------------------------------------------------------------------------------------
+
+
+def cases(dtype: torch.dtype, name: str, rule: str, sizes: list[Any] = SIZES) -> Iterator[Case]:
+    """Every way to call a pass: ASAM or not, in place or not, sums by tensor or not, the norm in it or before it, fast
+    weights read, derived or not kept, parameters listed or by address.
+    """
+    scopes = (0, Flag.PER_TENSOR) if name in ("descend_align", "interpolate") else (0,)
+    scaled = (0, Flag.ADAPTIVE) if name in ("reduce_sq_norm", "ascend", "descend_ascend") else (0,)
+    apart = (True, False) if name in DESCENTS else (True,)
+    rows = (1, -1) if name in ("ascend", "descend_ascend") else (1,)
+    kept = (False, True) if name in DESCENTS else (False,)
+    derives = (0, Flag.DERIVES) if name in DESCENTS and rule in DERIVABLE else (0,)
+    number = 0
+    for scope, t, a, row, unkept, d in itertools.product(scopes, scaled, apart, rows, kept, derives):
+        if not (d and name == "descend_align" and not unkept):  # fast_1 is derived only where it is not kept
+            options = {"apart": a, "row": row, "unkept": unkept, "listed": number % 2 == 0}
+            yield Case(name, dtype, sizes, rule, scope | t | d, seed=number, **options)
+            number += 1

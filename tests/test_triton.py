@@ -1,0 +1,392 @@
+"""The Triton kernels without a GPU: interpreted, compiled ahead of time, and executed as compiled.
+
+``gpusim`` does the last two; where it is not on PYTHONPATH these tests are skipped. Every part runs in a process of its
+own (``tests.triton_cases``).
+"""
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from lookbehind_fused import Lookbehind
+from lookbehind_fused.kernels import SCHEMAS, Flag, triton
+from tests.passes import DESCENTS, Case
+
+ROOT = Path(__file__).resolve().parent.parent
+MISSING = [name for name in ("triton", "gpusim") if importlib.util.find_spec(name) is None]
+pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"needs {' and '.join(MISSING)} on PYTHONPATH")
+
+
+def run(module: str, *arguments: str, **environment: str) -> str:
+    """What a module printed; it must have ended well."""
+    command = [sys.executable, "-m", module, *arguments]
+    process = {**os.environ, **environment}
+    done = subprocess.run(command, cwd=ROOT, env=process, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, f"{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
+    return done.stdout
+
+
+# every how manieth case of the table: all of them take a quarter of an hour (CONTRIBUTING)
+INTERPRETED = [
+    ("float32", "reduce_sq_norm,ascend,interpolate", 1),
+    *(("float32", name, 4) for name in DESCENTS),
+    *((dtype, "", 19) for dtype in ("bfloat16", "float16", "float64")),
+]
+
+
+@pytest.mark.parametrize(("dtype", "passes", "sample"), INTERPRETED)
+def test_the_table_in_the_interpreter(dtype: str, passes: str, sample: int) -> None:
+    """Each pass against the reference in float64, as native is tested; bfloat16 rounded as on a GPU."""
+    printed = run("tests.triton_cases", "interpreter", "--dtype", dtype, "--passes", passes, "--sample", str(sample))
+    assert re.search(r"^[1-9]\d* cases, 0 failed$", printed, re.MULTILINE)
+
+
+EXECUTED = [
+    ("sm90", "float32", "reduce_sq_norm,ascend,interpolate", 1),
+    *(("sm90", "float32", name, 8) for name in DESCENTS),
+    ("sm80", "float32", "", 23),
+    ("sm100", "float32", "", 19),
+    ("sm80", "bfloat16", "", 43),
+    ("sm90", "float16", "", 41),
+    ("sm100", "bfloat16", "", 47),
+]
+
+
+@pytest.mark.parametrize(("where", "dtype", "passes", "sample"), EXECUTED)
+def test_the_table_on_executed_code(where: str, dtype: str, passes: str, sample: int) -> None:
+    """The compiled kernels: every address, every barrier, no two blocks at one element, gradients read-only."""
+    printed = run("tests.triton_cases", where, "--dtype", dtype, "--passes", passes, "--sample", str(sample))
+    assert re.search(r"^[1-9]\d* cases, 0 failed$", printed, re.MULTILINE)
+
+
+def test_whole_steps_in_the_interpreter() -> None:
+    """The optimizer on this backend against the transcription of Algorithm 1, to 1e-12 in float64."""
+    environment = {"TRITON_INTERPRET": "1", "LOOKBEHIND_TEST_BACKENDS": "triton"}
+    chosen = "switched_off or settings_may_change or (groups_with_settings and k2)"
+    printed = run("pytest", "tests/test_algorithm1.py", "-p", "no:xdist", "-k", chosen, **environment)
+    assert "[100%]" in printed
+
+
+def test_more_programs_than_fit_32_bits() -> None:
+    """A tensor of 3e9 elements: its last chunk is where it should be. Nothing has that much memory here, so a kernel
+    with a small tensor's addresses shifted back by the chunk's offset finds its way to that tensor.
+    """
+    printed = run("tests.triton_cases", "sm90", "--far")
+    assert "the last chunk of 3,000,000,001 elements is at its place" in printed
+
+
+# what: before, after, where it is run, on which passes
+MUTANTS = {
+    "no mask on stores": (
+        "        tl.store(pointers, values, mask=here)",
+        "        tl.store(pointers, values)",
+        *("sm90", "ascend"),
+    ),
+    "no tail": (
+        "begin, start, split, count, factor, eta, P, T, ADAPTS, False)",
+        "begin, start, split, split, factor, eta, P, T, ADAPTS, False)",
+        *("interpreter", "ascend"),
+    ),
+    "every address taken for aligned": (
+        "tl.where(((address | other) & 15) == 0, count // BLOCK * BLOCK, 0)",
+        "count // BLOCK * BLOCK",
+        *("sm90", "ascend"),
+    ),
+    "two buffers swapped": (
+        "    f0, f1, f2 = state_from\n",
+        "    f1, f0, f2 = state_from\n",
+        *("interpreter", "descend"),
+    ),
+    "offsets of 32 bits": (
+        "return tensor, row, number, number * CHUNK,",
+        "return tensor, row, number, (number.to(tl.int32) * CHUNK).to(tl.int64),",
+        *("sm90", "--far"),
+    ),
+    "a counter not put back": (
+        "        tl.store(counter, 0)\n",
+        "        tl.store(counter, 1)\n",
+        *("sm90", "reduce_sq_norm"),
+    ),
+    "the last chunk for the last program": (
+        "    if _is_last(counters + 1 + tensor, count):",
+        "    if number == count - 1:",
+        *("sm90", "reduce_sq_norm"),
+    ),
+    "every chunk counts the update, in place": (
+        "    if number == 0:\n        tl.store(steps",
+        "    if number >= 0:\n        tl.store(steps_from",
+        *("sm90", "descend"),
+    ),
+}
+
+
+@pytest.mark.parametrize("mutant", MUTANTS)
+def test_a_mutant_is_seen(mutant: str, tmp_path: Path) -> None:
+    """The table of passes notices each of these in the kernels."""
+    before, after, where, what = MUTANTS[mutant]
+    for folder in ("lookbehind_fused", "tests"):
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    source = tmp_path / "lookbehind_fused" / "kernels" / "triton_kernels.py"
+    text = source.read_text()
+    assert text.count(before) == 1, mutant
+    source.write_text(text.replace(before, after))
+    sample = "5" if what == "descend" else "1"  # the first rules have no state
+    arguments = [where, what] if what == "--far" else [where, "--passes", what, "--sample", sample, "--most", "6"]
+    command = [sys.executable, "-m", "tests.triton_cases", *arguments]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 1, done.stderr[-2000:]
+    assert re.search(r"[1-9]\d* failed|PTXError", done.stdout + done.stderr), done.stderr[-2000:]
+
+
+# ---- traffic ---------------------------------------------------------------------------------------------------------
+
+
+def test_traffic_is_what_design_allows_or_less() -> None:
+    """Bytes of each array, counted from the executed code, in whole chunks of float32."""
+    code = """
+from gpusim import simdriver
+from benchmarks import traffic
+from benchmarks.bounds import bytes_moved, bytes_per_parameter
+driver = simdriver.activate(90)
+for title, (base, options, settings) in traffic.STEPS.items():
+    found = traffic.launches(base, options, settings, driver)
+    print(title, sum(launch.bytes for launch in found), bytes_moved(settings), bytes_per_parameter(settings))
+    for launch in found:
+        assert launch.stack == 0 and launch.registers <= 64
+        assert {*launch.read.values(), *launch.written.values()} == {4.0}, launch
+        assert launch.wide * 16 == launch.bytes * traffic.SIZE, launch  # all accesses are wide
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-4000:]
+    rows = [line.rsplit(" ", 3) for line in done.stdout.splitlines()]
+    assert len(rows) == 8
+    for title, moved, expected, allowed in rows:
+        if title.startswith("SGD"):
+            assert float(moved) == float(expected) <= float(allowed), title
+
+
+# ---- the backend -----------------------------------------------------------------------------------------------------
+
+
+def test_cpu_tensors_are_refused() -> None:
+    """Where there is neither a GPU nor the interpreter, by name and with what is there."""
+    p = torch.nn.Parameter(torch.ones(3))
+    optimizer = Lookbehind([p], torch.optim.SGD, lr=0.1, backend="triton")
+    refused = "backend: expected one with kernels for tensors on cpu, got 'triton', which is for GPUs"
+    with pytest.raises(ValueError, match=refused):
+        optimizer.step(lambda: p.square().sum().backward())
+    assert torch.equal(p.detach(), torch.ones(3))
+    assert p.grad is None
+
+
+# ---- the ops ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_compiler_takes_the_ops_as_they_are() -> None:
+    """Fake CUDA tensors, one graph without a break, each pass a call of its own in it."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    graphs: list[torch.fx.GraphModule] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        on_gpu = {"device": "cuda", "dtype": torch.float32}
+        p, g, slow, state = (torch.empty(100, **on_gpu) for _ in range(4))
+        norms = torch.empty(1, 2, dtype=torch.float64, device="cuda")
+        hyper = torch.empty(8, dtype=torch.float64, device="cuda")
+        steps, table = torch.empty(1, **on_gpu), torch.empty(1, 6, dtype=torch.int64)
+
+        @torch.compile(fullgraph=True, backend=backend)
+        def step() -> None:
+            common = {"params": [p], "grads": [g], "table": table, "hyper": hyper, "flags": 0}
+            triton.ascend(**common, perturbed=None, slow=slow, sq_norms=norms, row=0)
+            triton.descend_interpolate(
+                **common, slow=slow, fast=slow, state=[state], state_from=[], steps=steps, steps_from=None,
+                sq_norms=None, rule="sgd",
+            )  # fmt: skip
+
+        step()
+    torch._dynamo.reset()
+    (graph,) = graphs
+    called = [str(node.target) for node in graph.graph.nodes if node.op == "call_function"]
+    assert [name for name in called if "lookbehind_fused_triton" in name] == [
+        "lookbehind_fused_triton.ascend.default",
+        "lookbehind_fused_triton.descend_interpolate.default",
+    ]
+
+
+def test_nothing_is_uploaded_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once warm, a pass over tensors that have stayed where they are allocates nothing and copies nothing to the
+    device: what a captured CUDA graph needs.
+    """
+    from lookbehind_fused.kernels import triton_kernels
+
+    uploads: list[int] = []
+    monkeypatch.setattr(triton.Plan, "_upload", lambda self, values, to: (uploads.append(1), to.copy_(values)))
+    case = Case("descend_ascend", torch.float32, [5000, 3], "adam", row=0)
+    arguments = case.copies()
+    for name in SCHEMAS:
+        monkeypatch.setattr(triton_kernels, name, Launched())
+    triton.descend_ascend(**arguments)
+    assert len(uploads) == 2  # where the tensors are, and their gradients
+
+    class Seen(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            assert func.is_view, f"{func} in a warm pass"
+            return func(*args, **(kwargs or {}))
+
+    values = [arguments[a.name] for a in torch.ops.lookbehind_fused_triton.descend_ascend.default._schema.arguments]
+    with Seen():
+        triton._descend_ascend(*values)
+    assert len(uploads) == 2
+    arguments["grads"][0] = arguments["grads"][0].clone()
+    triton.descend_ascend(**arguments)
+    assert len(uploads) == 3
+
+
+class Launched:
+    """In the place of a kernel: a launch that does nothing."""
+
+    def __getitem__(self, grid: Any) -> Any:
+        return lambda **arguments: None
+
+
+# ---- ahead of time ---------------------------------------------------------------------------------------------------
+
+POINTERS = {
+    torch.float32: "*fp32", torch.float64: "*fp64", torch.bfloat16: "*bf16", torch.float16: "*fp16",
+    torch.int64: "*i64", torch.int32: "*i32",
+}  # fmt: skip
+
+
+def launches(case: Case, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, dict[str, Any]]]:
+    """Kernel and arguments of every launch that a case makes; nothing is run."""
+    found = []
+
+    class Recorded:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def __getitem__(self, grid: Any) -> Any:
+            return lambda **arguments: found.append((self.name, arguments))
+
+    from lookbehind_fused.kernels import triton_kernels
+
+    with monkeypatch.context() as patch:
+        for name in SCHEMAS:
+            patch.setattr(triton_kernels, name, Recorded(name))
+        case.run(triton)
+    assert found
+    return found
+
+
+def compiled(name: str, arguments: dict[str, Any], target: Any) -> Any:
+    """A launch's kernel, compiled for a GPU as the launch would have it compiled."""
+    from gpusim.aot import aot
+
+    from lookbehind_fused.kernels import triton_kernels
+
+    kernel, signature, constants, aligned = getattr(triton_kernels, name), {}, {}, []
+    for argument in kernel.arg_names:
+        value = arguments[argument]
+        if isinstance(value, Tensor):
+            signature[argument] = POINTERS[value.dtype]
+            aligned.append(argument)
+        elif argument in triton_kernels.COUNTS:
+            signature[argument] = "i32"
+        else:
+            signature[argument], constants[argument] = "constexpr", value
+    options = triton_kernels.options(target.warp_size if hasattr(target, "warp_size") else 32)
+    return aot(kernel, signature, constants, target, aligned, **options)
+
+
+# pass, rule, flags, how many full-size arrays it reads and writes
+FULL = [
+    ("reduce_sq_norm", "none", 0, 1, 0),
+    ("reduce_sq_norm", "none", Flag.ADAPTIVE, 2, 0),
+    ("ascend", "none", 0, 2, 2),
+    ("ascend", "none", Flag.ADAPTIVE, 2, 2),
+    ("descend", "momentum", 0, 3, 2),
+    ("descend", "adam-amsgrad", 0, 5, 4),
+    ("descend_ascend", "momentum", 0, 4, 3),
+    ("descend_ascend", "momentum", Flag.DERIVES, 4, 3),
+    ("descend_ascend", "nesterov", Flag.ADAPTIVE, 4, 3),
+    ("descend_ascend", "adamw", Flag.ADAPTIVE, 5, 4),
+    ("descend_ascend", "adam-amsgrad", Flag.ADAPTIVE, 6, 5),
+    ("descend_ascend", "adam-amsgrad", Flag.ADAPTIVE | Flag.DERIVES, 6, 5),
+    ("descend_interpolate", "sgd", 0, 3, 1),
+    ("descend_interpolate", "momentum", 0, 4, 2),
+    ("descend_interpolate", "momentum", Flag.DERIVES, 3, 2),
+    ("descend_interpolate", "adam-amsgrad", 0, 6, 4),
+    ("descend_align", "momentum", 0, 5, 2),
+    ("descend_align", "momentum", Flag.DERIVES, 3, 2),
+    ("descend_align", "adam-amsgrad", Flag.PER_TENSOR, 7, 4),
+    ("descend_align", "adam-amsgrad", Flag.DERIVES, 5, 4),
+    ("interpolate", "none", 0, 2, 1),
+]
+
+
+def full_case(name: str, rule: str, flags: int, dtype: torch.dtype, size: int = 8192) -> Case:
+    unkept = name == "descend_align" and bool(flags & Flag.DERIVES)
+    return Case(name, dtype, [(size,)], rule, flags, unkept=unkept, row=-1 if name != "reduce_sq_norm" else 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("capability", [80, 90, 100])
+def test_registers_spills_and_wide_accesses(
+    capability: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At most 64 registers, no stack, 16-byte accesses of every full-size array (8 of 16-bit ones), little shared
+    memory.
+    """
+    from gpusim.aot import resources, vector_accesses
+
+    for name, rule, flags, reads, writes in FULL:
+        ((launched, arguments),) = launches(full_case(name, rule, flags, dtype), monkeypatch)
+        kernel = compiled(launched, arguments, capability)
+        what = f"{name} {rule} {flags}"
+        used = resources(kernel.asm["cubin"])
+        assert used["reg"] <= 64, f"{what}: {used}"
+        assert used["stack"] == 0, f"{what}: {used}"
+        assert kernel.metadata.shared < 4096, what
+        found = vector_accesses(kernel.asm["ptx"])
+        wide = {kind: sum(found.get(f"{kind}.global.v{n}.b32", 0) for n in (2, 4)) for kind in ("ld", "st")}
+        if dtype == torch.float32:
+            wide = {kind: found.get(f"{kind}.global.v4.b32", 0) for kind in ("ld", "st")}
+            # an unrolled loop has each of them several times
+            assert (wide["ld"], wide["st"]) == (wide["ld"] // reads * reads, wide["ld"] // reads * writes), (
+                f"{what}: {found}"
+            )
+        assert wide["ld"] >= reads, f"{what}: {found}"
+        assert wide["st"] >= writes, f"{what}: {found}"
+
+
+def test_an_amd_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """gfx942: the same, in its own words."""
+    from triton.backends.compiler import GPUTarget
+
+    for name, rule, flags, reads, writes in FULL:
+        ((launched, arguments),) = launches(full_case(name, rule, flags, torch.float32), monkeypatch)
+        kernel = compiled(launched, arguments, GPUTarget("hip", "gfx942", 64))
+        what, code = f"{name} {rule} {flags}", kernel.asm["amdgcn"]
+        used = dict(
+            re.findall(r"\.(vgpr_count|sgpr_spill_count|vgpr_spill_count|private_segment_fixed_size):\s+(\d+)", code)
+        )
+        assert int(used.pop("vgpr_count")) <= 64, what
+        assert set(used.values()) == {"0"}, f"{what}: {used}"
+        assert kernel.metadata.shared < 4096, what
+        assert len(re.findall(r"(?:buffer|global)_load_dwordx4", code)) >= reads, what
+        assert len(re.findall(r"(?:buffer|global)_store_dwordx4", code)) >= writes, what
