@@ -15,7 +15,7 @@ CXX    ?= g++
 
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
-.PHONY: help setup train test bench sanitize dist-check check format clean
+.PHONY: help setup train test bench gpu-check sanitize dist-check check format clean
 
 # An interpreter that was asked for by name must be the one in .venv; otherwise any that .venv has will do.
 VERSION := import sys; print("%d.%d" % sys.version_info[:2])
@@ -46,6 +46,13 @@ test: $(READY)  ## run the tests on all cores; ARGS are pytest's
 
 bench: $(READY)  ## measure against the reference loops and print the bounds; ARGS="--help" lists its options
 	@$(PY) -m benchmarks.bench $(ARGS)
+
+# With PYTHON=... that interpreter as it is, so that it works where nothing can be installed: the library is built in place.
+gpu-check: $(if $(WANTED),,$(READY))  ## run everything that needs a GPU; PYTHON=python3 takes the PyTorch that is there
+ifdef WANTED
+	@$(PYTHON) setup.py -q build_ext --inplace
+endif
+	@$(if $(WANTED),$(PYTHON),$(PY)) -m tests.gpu_check
 
 # -O1: what the optimizer removes, no sanitizer sees. The thread sanitizer excludes the other two.
 sanitize:  ## run the C++ kernels under the address, undefined-behaviour and thread sanitizers; needs no torch

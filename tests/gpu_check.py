@@ -1,0 +1,280 @@
+"""Everything that only a GPU can show, in one go: `make gpu-check`. Without a GPU it says so in a line and exits 0.
+
+Needs nothing but the Python that runs it, with a PyTorch for the GPU. Prints what it checks as it goes, and one table
+at the end; 1 if a check failed.
+"""
+
+from __future__ import annotations
+
+import itertools
+import sys
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lookbehind_fused import Lookbehind
+
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+rows: list[tuple[str, str, str]] = []
+
+
+def main() -> int:
+    """0 if there is no GPU or every check passes."""
+    if not torch.cuda.is_available():
+        print("gpu-check: this machine has no GPU that PyTorch can use; nothing was checked")
+        return 0
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, Python {sys.version.split()[0]}", flush=True)
+    for dtype in DTYPES:
+        check(
+            f"every pass and rule against the reference in float64: {dtype}", lambda dtype=dtype: table_of_passes(dtype)
+        )
+    check("whole steps against the reference on the CPU in float64", whole_steps)
+    check("the same bits from run to run", same_bits)
+    check("a step never waits for the device", no_synchronisation)
+    check("a captured step replays as it ran", graph_capture)
+    check("launches per gradient evaluation", launches)
+    for name, shapes in sets().items():
+        check(f"own work, {name}", lambda shapes=shapes: own_work(shapes))
+    width = max(len(what) for what, _, _ in rows)
+    print()
+    for what, verdict, found in rows:
+        print(f"{what.ljust(width)}  {verdict:6}  {found}")
+    return int(any(verdict == "FAILED" for _, verdict, _ in rows))
+
+
+def check(what: str, action: Callable[[], str]) -> None:
+    """Run one check and note what it found."""
+    print(f"... {what}", file=sys.stderr, flush=True)
+    try:
+        rows.append((what, "holds", action()))
+    except Exception as error:
+        traceback.print_exc()
+        rows.append((what, "FAILED", f"{type(error).__name__}: {str(error).strip().splitlines()[0][:150]}"))
+
+
+# ---- right -----------------------------------------------------------------------------------------------------------
+
+
+class OnGpu:
+    """The Triton passes for arguments in host memory: they are taken to the GPU, at the same alignment, and back."""
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        from lookbehind_fused.kernels import triton
+
+        def call(**arguments: Any) -> None:
+            moved = {key: value if key == "table" else self.move(value) for key, value in arguments.items()}
+            getattr(triton, name)(**moved)
+            for key in arguments:
+                for there, here in zip(listed(moved[key]), listed(arguments[key]), strict=True):
+                    if isinstance(here, Tensor) and key != "table":
+                        here.copy_(there)
+
+        call.__name__ = name
+        return call
+
+    __name__ = "triton on the GPU"
+
+    def move(self, value: Any) -> Any:
+        if isinstance(value, list):
+            return [self.move(entry) for entry in value]
+        if not isinstance(value, Tensor):
+            return value
+        memory = torch.full((value.storage_offset() + value.numel() + 3,), float("nan")).to(value.dtype).cuda()
+        return memory.as_strided(value.shape, value.stride(), value.storage_offset()).copy_(value)
+
+
+def listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def table_of_passes(dtype: str) -> str:
+    from tests.passes import VARIANTS, cases
+
+    number, backend = 0, OnGpu()
+    for name, rule in VARIANTS:
+        for case in cases(getattr(torch, dtype), name, rule):
+            case.check(backend)
+            number += 1
+    return f"{number} cases"
+
+
+SETTINGS = [
+    {"k": k, "alpha": alpha, "alpha_scope": scope, "adaptive": adaptive, "max_grad_norm": most}
+    for k, (alpha, scope), adaptive, most in itertools.product(
+        (1, 2, 3), ((0.6, "global"), ("adaptive", "global"), ("adaptive", "tensor")), (False, True), (None, 0.5)
+    )
+]
+BASES = [
+    (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01}),
+    (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "nesterov": True}),
+    (torch.optim.Adam, {"lr": 0.01, "amsgrad": True}),
+    (torch.optim.AdamW, {"lr": 0.01}),
+]
+
+
+def trained(
+    device: str, backend: str, base: Any, settings: dict[str, Any], dtype: torch.dtype, steps: int = 3
+) -> Tensor:
+    """The weights after some steps; gradients are a formula of the weights, so that nothing else differs."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(130, 70), (5000,), (3, 3), (), (7,)]
+    params = [nn.Parameter(torch.randn(s, generator=generator, dtype=torch.float64).to(device, dtype)) for s in shapes]
+    slopes = [torch.randn(s, generator=generator, dtype=torch.float64).to(device, dtype) for s in shapes]
+    optimizer = Lookbehind(params, base[0], rho=0.1, backend=backend, **settings, **base[1])
+    for step in range(steps):
+        for evaluation in optimizer.evaluations():
+            for p, slope in zip(params, slopes, strict=True):
+                p.grad = 0.3 * p.detach() + (1 + 0.2 * ((step + evaluation.index) % 3)) * slope
+    return torch.cat([p.detach().flatten() for p in params]).double().cpu()
+
+
+def whole_steps() -> str:
+    worst = 0.0
+    for base, settings in itertools.product(BASES, SETTINGS):
+        expected = trained("cpu", "reference", base, settings, torch.float64)
+        for dtype, bound in ((torch.float64, 1e-12), (torch.float32, 3 * 2e-6)):
+            found = trained("cuda", "triton", base, settings, dtype)
+            error = float((found - expected).abs().max() / expected.abs().max())
+            if not error <= bound:
+                raise AssertionError(f"{base[0].__name__} {settings} {dtype}: {error:.1e} > {bound:.1e}")
+            worst = max(worst, error if dtype == torch.float32 else 0.0)
+    return f"{len(BASES) * len(SETTINGS)} settings, largest error in float32 {worst:.1e}"
+
+
+def same_bits() -> str:
+    settings = {"k": 3, "alpha": "adaptive"}
+    runs = [trained("cuda", "triton", BASES[0], settings, torch.float32, steps=5) for _ in range(5)]
+    if not all(torch.equal(run, runs[0]) for run in runs):
+        raise AssertionError("five runs differ")
+    return "5 runs"
+
+
+# ---- without the host ------------------------------------------------------------------------------------------------
+
+
+class Work:
+    """An optimizer on the GPU with gradients given, always the same tensors."""
+
+    def __init__(self, shapes: list[tuple[int, ...]], make: Callable[[list[nn.Parameter]], Any]) -> None:
+        self.params = [nn.Parameter(torch.randn(s, device="cuda") * 0.05) for s in shapes]
+        self.grads = [torch.randn(s, device="cuda") * 0.01 for s in shapes]
+        self.optimizer = make(self.params)
+
+    def step(self) -> None:
+        for _ in self.optimizer.evaluations():
+            for p, g in zip(self.params, self.grads, strict=True):
+                p.grad = g
+
+
+def fused(params: list[nn.Parameter], **settings: Any) -> Lookbehind:
+    return Lookbehind(params, torch.optim.SGD, lr=1e-3, momentum=0.9, backend="triton", **settings)
+
+
+def no_synchronisation() -> str:
+    for settings in ({"k": 2}, {"k": 3, "alpha": "adaptive"}, {"k": 2, "max_grad_norm": 1.0}):
+        work = Work([(300, 200), (77,)], lambda params, settings=settings: fused(params, **settings))
+        work.step()
+        work.step()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            work.step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    return "static, adaptive, clipped"
+
+
+def graph_capture() -> str:
+    captured, eager = (Work([(300, 200), (77,)], lambda params: fused(params, k=2)) for _ in range(2))
+    for theirs, ours in zip([*eager.params, *eager.grads], [*captured.params, *captured.grads], strict=True):
+        theirs.data.copy_(ours.data)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            captured.step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured.step()
+    for _ in range(4):
+        graph.replay()
+    for _ in range(7):  # what is captured is not run
+        eager.step()
+    for a, b in zip(captured.params, eager.params, strict=True):
+        if not torch.equal(a, b):
+            raise AssertionError(f"weights differ by {float((a - b).abs().max()):.1e}")
+    return "3 steps, then 4 replays, as 7 steps"
+
+
+def launches() -> str:
+    found = []
+    for count in (1, 10_000):
+        work = Work([(16,)] * count, lambda params: fused(params, k=2))
+        work.step()
+        work.step()
+        torch.cuda.synchronize()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            work.step()
+            torch.cuda.synchronize()
+        kernels = [e for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+        found.append(len(kernels))
+        if len(kernels) > 2 * 3:
+            raise AssertionError(f"{count} tensors: {len(kernels)} for 3 evaluations: {[e.name for e in kernels][:12]}")
+    return f"{found[0]} and {found[1]} a step of 3 evaluations, for 1 and 10,000 tensors"
+
+
+# ---- fast ------------------------------------------------------------------------------------------------------------
+
+
+def sets() -> dict[str, list[tuple[int, ...]]]:
+    from benchmarks.shapes import SETS
+
+    chosen = {name: SETS[name] for name in ("small", "1000x256", "resnet34", "vit-b16")}
+    return {**chosen, "flat 2e8": [(200_000_000,)]}
+
+
+def own_work(shapes: list[tuple[int, ...]]) -> str:
+    """Ratios of device time and of wall time, contenders in turn, and the bandwidth against a device copy's."""
+    from benchmarks.bounds import bytes_moved
+    from benchmarks.contenders import CONTENDERS, Settings
+    from benchmarks.timing import ratios
+
+    settings, elements = Settings(), sum(torch.Size(s).numel() for s in shapes)
+    names = [name for name in ("naive", "foreach", "compiled") if name != "compiled" or len(shapes) < 200]
+    if elements > 1e8:
+        names = ["foreach"]
+    works = {name: Work(shapes, lambda params, name=name: CONTENDERS[name](params, settings)) for name in names}
+    works["triton"] = Work(shapes, lambda params: fused(params, k=2))
+    x, y = (torch.ones(elements, device="cuda") for _ in range(2))
+    runs: dict[str, Callable[[], Any]] = {name: work.step for name, work in works.items()}
+    runs["copy"] = lambda: y.copy_(x)
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for run in runs.values():
+        for _ in range(3):
+            run()
+    repeats = max(3, min(100, int(2e8 / elements)))
+    for _ in range(9):
+        for name, run in runs.items():
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            torch.cuda.synchronize()
+            start.record()
+            for _ in range(repeats):
+                run()
+            end.record()
+            torch.cuda.synchronize()
+            seconds[name].append(start.elapsed_time(end) / 1e3 / repeats)
+    parts = []
+    for name in names:
+        spread = ratios(seconds[name], seconds["triton"])
+        parts.append(f"{name} / triton {spread.median:.2f} ({spread.low:.2f} to {spread.high:.2f})")
+    moved = [bytes_moved(settings) * elements / s for s in seconds["triton"]]
+    copied = [8 * elements / s for s in seconds["copy"]]
+    parts.append(f"bandwidth / copy {ratios(moved, copied).median:.2f}")
+    return "; ".join(parts)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
