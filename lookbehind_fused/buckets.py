@@ -188,12 +188,15 @@ class Bucket:
             same = same and tensors[index] is self.params[row]
             if now != before:
                 if now[:3] != before[:3]:
-                    raise RuntimeError(
-                        f"{self.names[row]} was replaced between two steps: expected {describe(*before[:3])}, got "
-                        f"{describe(*now[:3])}; build a new optimizer for the changed model"
-                    )
+                    self._report_replaced(row, now)
                 same = False
         return same
+
+    def _report_replaced(self, row: int, now: tuple) -> None:
+        raise RuntimeError(
+            f"{self.names[row]} was replaced between two steps: expected {describe(*self.layouts[row][:3])}, got "
+            f"{describe(*now[:3])}; build a new optimizer for the changed model"
+        )
 
     def open(self, settings: Settings, state_changed: bool, moved: bool) -> None:
         """Begin an outer step: take over the base's state and the group's settings as they are now.
@@ -374,13 +377,15 @@ class Bucket:
                 )
 
     def explain(self, gathered: Gathered) -> None:
-        """After a pass has refused its arguments: name the gradient that is the cause, if one is.
+        """After a pass has refused its arguments: name the tensor that is the cause, if one is.
 
         Raises:
-            RuntimeError: a gradient is sparse or of another dtype.
+            RuntimeError: a gradient is sparse or of another dtype, or a parameter has another shape in the same memory.
         """
         for row, grad in zip(gathered.rows, gathered.grads, strict=True):
             p = self.params[row]
+            if p.shape != self.layouts[row][0]:
+                self._report_replaced(row, layout(p))
             if grad.layout != torch.strided or grad.dtype != p.dtype:
                 raise RuntimeError(
                     f"the gradient of {self.names[row]}: expected a dense tensor of {p.dtype}, got {grad.layout} of "

@@ -76,6 +76,13 @@ def test_whole_steps_in_the_interpreter() -> None:
     assert "[100%]" in printed
 
 
+@pytest.mark.parametrize(("where", "sample"), [("sm90", 23), ("sm100", 41)])
+def test_whole_steps_on_executed_code(where: str, sample: int) -> None:
+    """The optimizer on compiled kernels: SGD, Nesterov, Adam, AdamW; k, alpha, ASAM and clipping in turn."""
+    printed = run("tests.triton_cases", where, "--steps", "--sample", str(sample))
+    assert re.search(r"^[1-9]\d* cases, 0 failed$", printed, re.MULTILINE)
+
+
 def test_more_programs_than_fit_32_bits() -> None:
     """A tensor of 3e9 elements: its last chunk is where it should be. Nothing has that much memory here, so a kernel
     with a small tensor's addresses shifted back by the chunk's offset finds its way to that tensor.

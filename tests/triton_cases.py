@@ -26,6 +26,7 @@ def main() -> int:
     parser.add_argument("--passes", default="")
     parser.add_argument("--sample", type=int, default=1, help="every how manieth case")
     parser.add_argument("--most", type=int, default=10**9, help="how many cases at the most")
+    parser.add_argument("--steps", action="store_true", help="instead: whole steps of the optimizer (compiled only)")
     parser.add_argument("--far", action="store_true", help="instead: the last chunk of a tensor of 3e9 elements")
     chosen = parser.parse_args()
     if chosen.where == "interpreter":
@@ -42,6 +43,8 @@ def main() -> int:
 
     if chosen.far:
         return far()
+    if chosen.steps:
+        return whole_steps(chosen.sample)
     dtype, number, ran, failed = getattr(torch, chosen.dtype), 0, 0, 0
     names = chosen.passes.split(",") if chosen.passes else sorted({name for name, _ in VARIANTS})
     sizes = SIZES["interpreter" if chosen.where == "interpreter" else "compiled"]
@@ -109,6 +112,39 @@ def executor(capability: int) -> Callable[[Any, int], None]:
         driver.opts.update(strict=not adds_up, schedule=schedule, seed=number, approx="jitter")
 
     return prepare
+
+
+def whole_steps(sample: int) -> int:
+    """Lookbehind on this backend against the reference in float64, over settings and base optimizers."""
+    import itertools
+
+    import torch
+    from gpusim import simdriver
+
+    from lookbehind_fused.kernels import triton as backend
+    from tests.gpu_check import BASES, SETTINGS, trained
+
+    driver, launch = simdriver._active, backend.Call.launch
+
+    def registered(self: Any, *arguments: Any, **keywords: Any) -> None:
+        driver.clear()
+        driver.register(*(p.detach() for p in self.params if p.numel()))
+        driver.register(*(g for g in getattr(self, "kept", ()) if g.numel()), readonly=True)
+        launch(self, *arguments, **keywords)
+
+    backend.Call.launch = registered
+    chosen = list(itertools.product(BASES, SETTINGS))[::sample]
+    failed = 0
+    for base, settings in chosen:
+        expected = trained("cpu", "reference", base, settings, torch.float64, steps=2)
+        for dtype, bound in ((torch.float64, 1e-12), (torch.float32, 2 * 2e-6)):
+            found = trained("cpu", "triton", base, settings, dtype, steps=2)
+            error = float((found - expected).abs().max() / expected.abs().max())
+            if not error <= bound:
+                failed += 1
+                print(f"{base[0].__name__} {settings} {dtype}: {error:.1e} > {bound:.0e}")
+    print(f"{2 * len(chosen)} cases, {failed} failed")
+    return int(failed > 0)
 
 
 def far() -> int:

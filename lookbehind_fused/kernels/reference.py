@@ -83,6 +83,11 @@ def ascend(
     flags: int,
 ) -> None:
     """``perturbed += rho * T^2 g / (||T g|| + 1e-16)``. The first ascent of a step keeps the weights in ``slow``."""
+    for number, (param, (_, span)) in enumerate(zip(params, _rows(table), strict=True)):  # before anything is written
+        if param.numel() != span.stop - span.start:
+            raise RuntimeError(
+                f"params: tensor {number} has {param.numel()} elements, expected {span.stop - span.start}"
+            )
     if row >= 0:
         reduce_sq_norm(params, grads, None if slow is not None else perturbed, table, hyper, flags, sq_norms, row)
     for param, grad, (_, span) in zip(params, grads, _rows(table), strict=True):
