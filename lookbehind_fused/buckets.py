@@ -339,8 +339,7 @@ class Bucket:
         Raises:
             RuntimeError: a parameter was moved since the step began.
         """
-        if [*map(Tensor.data_ptr, self.params)] != self.addresses:
-            self._report_moved()
+        self.require_unmoved()
         gathered = self.gather()
         rows = self.everyone if len(gathered.rows) == len(self.params) else set(gathered.rows)
         if evaluation.index > 0 and not rows <= self.joined:
@@ -368,7 +367,14 @@ class Bucket:
         if evaluation.descends:
             self.updated = self.updated | rows if self.updated else rows
 
-    def _report_moved(self) -> None:
+    def require_unmoved(self) -> None:
+        """Backends may reach parameters by the addresses that they had when the step began.
+
+        Raises:
+            RuntimeError: a parameter was moved since then.
+        """
+        if [*map(Tensor.data_ptr, self.params)] == self.addresses:
+            return
         for row, (p, address) in enumerate(zip(self.params, self.addresses, strict=True)):
             if p.data_ptr() != address:
                 raise RuntimeError(

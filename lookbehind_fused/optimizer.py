@@ -257,6 +257,9 @@ class Lookbehind(Optimizer):
         """
         if self._remaining is None:
             raise RuntimeError("apply(): expected to be called within evaluations(apply=False), but no step is open")
+        if not torch.compiler.is_compiling():  # compiled code reaches parameters as what they are
+            for bucket in self._buckets:
+                bucket.require_unmoved()
         with torch.no_grad():
             self._run_passes(evaluation, [bucket.gather() for bucket in self._buckets])
 

@@ -189,6 +189,23 @@ def test_apply_needs_every_gradient():
     assert all(map(torch.equal, problem.weights(), before))
 
 
+def test_apply_to_a_parameter_that_was_moved():
+    problem = Problem("sgd")
+    before = problem.weights()
+    p = next(iter(problem.model.parameters()))
+
+    def step():
+        for evaluation in problem.optimizer.evaluations(apply=False):
+            problem.loss().backward()
+            if evaluation.index == 1:
+                p.data = p.data.clone()
+            problem.optimizer.apply(evaluation)
+
+    with pytest.raises(RuntimeError, match=r"parameter 0.*was moved inside an open step"):
+        step()
+    assert all(map(torch.equal, problem.weights(), before))
+
+
 def test_apply_outside_of_a_step():
     problem = Problem("sgd")
     evaluation = next(iter(problem.optimizer.evaluations()))
