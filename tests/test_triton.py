@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from lookbehind_fused import Lookbehind
-from lookbehind_fused.kernels import SCHEMAS, Flag, triton
+from lookbehind_fused.kernels import SCHEMAS, Flag, device, triton
 from tests.passes import DESCENTS, Case
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -242,11 +242,11 @@ def test_nothing_is_uploaded_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     from lookbehind_fused.kernels import triton_kernels
 
     uploads: list[int] = []
-    monkeypatch.setattr(triton.Plan, "_upload", lambda self, values, to: (uploads.append(1), to.copy_(values)))
+    monkeypatch.setattr(device.Plan, "_upload", lambda self, values, to: (uploads.append(1), to.copy_(values)))
     case = Case("descend_ascend", torch.float32, [5000, 3], "adam", row=0)
     arguments = case.copies()
     for name in SCHEMAS:
-        monkeypatch.setattr(triton_kernels, name, Launched())
+        monkeypatch.setattr(triton_kernels, name, Launched(getattr(triton_kernels, name)))
     triton.descend_ascend(**arguments)
     assert len(uploads) == 2  # where the tensors are, and their gradients
 
@@ -257,7 +257,7 @@ def test_nothing_is_uploaded_twice(monkeypatch: pytest.MonkeyPatch) -> None:
 
     values = [arguments[a.name] for a in torch.ops.lookbehind_fused_triton.descend_ascend.default._schema.arguments]
     with Seen():
-        triton._descend_ascend(*values)
+        triton._passes.descend_ascend(*values)
     assert len(uploads) == 2
     arguments["grads"][0] = arguments["grads"][0].clone()
     triton.descend_ascend(**arguments)
@@ -266,6 +266,9 @@ def test_nothing_is_uploaded_twice(monkeypatch: pytest.MonkeyPatch) -> None:
 
 class Launched:
     """In the place of a kernel: a launch that does nothing."""
+
+    def __init__(self, kernel: Any) -> None:
+        self.arg_names = kernel.arg_names
 
     def __getitem__(self, grid: Any) -> Any:
         return lambda **arguments: None
@@ -285,7 +288,7 @@ def launches(case: Case, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, dic
 
     class Recorded:
         def __init__(self, name: str) -> None:
-            self.name = name
+            self.name, self.arg_names = name, getattr(triton_kernels, name).arg_names
 
         def __getitem__(self, grid: Any) -> Any:
             return lambda **arguments: found.append((self.name, arguments))

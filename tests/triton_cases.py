@@ -121,10 +121,10 @@ def whole_steps(sample: int) -> int:
     import torch
     from gpusim import simdriver
 
-    from lookbehind_fused.kernels import triton as backend
+    from lookbehind_fused.kernels.device import Call
     from tests.gpu_check import BASES, SETTINGS, trained
 
-    driver, launch = simdriver._active, backend.Call.launch
+    driver, launch = simdriver._active, Call.launch
 
     def registered(self: Any, *arguments: Any, **keywords: Any) -> None:
         driver.clear()
@@ -132,7 +132,7 @@ def whole_steps(sample: int) -> int:
         driver.register(*(g for g in getattr(self, "kept", ()) if g.numel()), readonly=True)
         launch(self, *arguments, **keywords)
 
-    backend.Call.launch = registered
+    Call.launch = registered
     chosen = list(itertools.product(BASES, SETTINGS))[::sample]
     failed = 0
     for base, settings in chosen:

@@ -5,9 +5,8 @@ A program walks its chunk in blocks, without a mask and with 16-byte accesses wh
 bytes; what is left over, and unaligned views, it walks with a mask, an element a thread. The algebra is that of
 ``csrc/rules.h``, with the same fused products, and the definition of every formula is ``kernels.reference``.
 
-Arguments that all kernels have: ``rows``, int64 of shape (tensors, 4) with a tensor's row in ``steps`` and ``sums``,
-the start and size of its slice, and its address; ``chunks``, int32 of shape (programs, 2) with each program's tensor
-and its number within that tensor; ``P``, the parameters' dtype; ``T``, that of the buffers and the arithmetic.
+Arguments that all kernels have: ``rows`` and ``chunks`` of ``device.Plan``; ``P``, the parameters' dtype; ``T``, that
+of the buffers and the arithmetic.
 """
 
 from typing import Any
@@ -15,9 +14,10 @@ from typing import Any
 import triton
 import triton.language as tl
 
+from . import device
 from .schema import Flag
 
-CHUNK = tl.constexpr(4096)  # elements of a program
+CHUNK = tl.constexpr(device.CHUNK)  # elements of a program
 THREADS = tl.constexpr(256)
 BLOCK = tl.constexpr(1024)  # elements without a mask: four a thread, a 16-byte access of float32
 
