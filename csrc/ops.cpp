@@ -219,13 +219,13 @@ struct Threads {
 // ---- numbers --------------------------------------------------------------------------------------------------------
 
 struct Hyper {
-  double rho, eta, alpha, max_grad_norm;
+  double rho, eta, alpha, max_grad_norm, unscale;
   const double* rule;  // in the order of lookbehind_fused/base.py
 };
 
 Hyper hyper_of(const Tensor& hyper, int64_t of_rule = 0) {
-  const double* h = numbers_of<double>("hyper", hyper, 4 + of_rule);
-  return {h[0], h[1], h[2], h[3], h + 4};
+  const double* h = numbers_of<double>("hyper", hyper, 5 + of_rule);
+  return {h[0], h[1], h[2], h[3], h[4], h + 5};
 }
 
 // sqrt of one column's sum: 0 is ||T g||, 1 is ||g||.
@@ -236,10 +236,17 @@ double total_norm(const Tensor& sq_norms, int column) {
   return std::sqrt(sum);
 }
 
-double clip_coefficient(const std::optional<Tensor>& sq_norms, double max_grad_norm) {
-  if (!sq_norms || std::isinf(max_grad_norm)) return 1.0;
-  const double coefficient = max_grad_norm / (total_norm(*sq_norms, 1) + kClipEpsilon);
+double clip_coefficient(const std::optional<Tensor>& sq_norms, const Hyper& h) {
+  if (!sq_norms || std::isinf(h.max_grad_norm)) return 1.0;
+  const double coefficient = h.max_grad_norm / (std::abs(h.unscale) * total_norm(*sq_norms, 1) + kClipEpsilon);
   return coefficient > 1.0 ? 1.0 : coefficient;  // NaN stays NaN
+}
+
+// Whether an evaluation moves anything: under kSkips only with a gradient whose norms are finite.
+bool moves(const std::optional<Tensor>& sq_norms, int64_t flags) {
+  if (!(flags & kSkips)) return true;
+  STD_TORCH_CHECK(sq_norms, "sq_norms: expected a tensor where non-finite gradients are skipped, got None");
+  return std::isfinite(total_norm(*sq_norms, 0)) && std::isfinite(total_norm(*sq_norms, 1));
 }
 
 // (cos + 1) / 2; the cosine of a zero vector is 0.
@@ -352,11 +359,13 @@ void ascend(TensorList params, TensorList grads, std::optional<Tensor> perturbed
   if (row >= 0) sum_squares(work, h, flags, row_of(sq_norms, row));
   work.perturbed = work.buffer("perturbed", perturbed);
   work.slow = work.buffer("slow", slow);
+  const bool ascends = moves(sq_norms, flags);
+  if (!ascends && !slow) return;
   with_compute_type(work.dtype, [&](auto zero) {
     using T = decltype(zero);
     const double factor = h.rho / (total_norm(sq_norms, 0) + kNormEpsilon);
     const std::vector<Constants<T>> numbers(work.count, constants<T>(1, factor, h.eta, 0));
-    const Variant variant{Pass::ascend, work.dtype, Rule::none, bool(flags & kAdaptive), false};
+    const Variant variant{ascends ? Pass::ascend : Pass::keep, work.dtype, Rule::none, bool(flags & kAdaptive), false};
     run<T>(variant, work, numbers, pieces_of(work.rows, work.count));
   });
 }
@@ -373,21 +382,34 @@ struct Descent {
   int64_t flags;
 };
 
+// Carry the state on as it is.
+void pass_through(const Work& work) {
+  const int64_t width = work.dtype == Dtype::f64 ? sizeof(double) : sizeof(float);
+  for (size_t s = 0; s < work.state.size(); ++s)
+    for (int64_t t = 0; work.state[s] != work.state_from[s] && t < work.count; ++t) {
+      const int64_t start = work.rows[t].start * width;
+      std::memcpy(offset(work.state[s], start), offset(work.state_from[s], start), work.rows[t].size * width);
+    }
+}
+
 std::vector<double> run_descent(Pass pass, Work& work, const Descent& d, const std::vector<Piece>& pieces) {
   const Rule rule = rule_of(d.rule, d.state.size());
   const Hyper h = hyper_of(d.hyper, d.rule == "adam" ? 5 : d.rule == "sgd" ? 4 : 0);
   STD_TORCH_CHECK(d.state_from.empty() || d.state_from.size() == d.state.size(), "state_from: expected none or ",
                   d.state.size(), " buffers as state has, got ", d.state_from.size());
   const bool derivable = rule != Rule::none && rule != Rule::sgd && !(d.flags & kNesterov);
-  STD_TORCH_CHECK(derivable || !(d.flags & kDerives), "flags: the fast weights cannot be derived from the state of ",
-                  d.rule, " without momentum or with Nesterov's");
+  STD_TORCH_CHECK((derivable && !(d.flags & kSkips)) || !(d.flags & kDerives),
+                  "flags: the fast weights cannot be derived from the state of ", d.rule,
+                  " without momentum, with Nesterov's, or where steps may be skipped");
   work.state = work.buffers("state", d.state);
   work.state_from = d.state_from.empty() ? work.state : work.buffers("state_from", d.state_from);
   float* steps = numbers_of<float>("steps", d.steps, work.row_count);
   const float* steps_from = d.steps_from ? numbers_of<float>("steps_from", *d.steps_from, work.row_count) : steps;
   const double sign = d.flags & kMaximize && rule != Rule::none ? -1 : 1;
-  const double scale = sign * clip_coefficient(d.sq_norms, h.max_grad_norm);
+  const double scale = sign * h.unscale * clip_coefficient(d.sq_norms, h);
   const double factor = pass == Pass::descend_ascend ? h.rho / (total_norm(*d.sq_norms, 0) + kNormEpsilon) : 0;
+  const bool descends = moves(d.sq_norms, d.flags);
+  if (!descends) pass_through(work);
   std::vector<double> sums;
   with_compute_type(work.dtype, [&](auto zero) {
     using T = decltype(zero);
@@ -398,10 +420,12 @@ std::vector<double> run_descent(Pass pass, Work& work, const Descent& d, const s
     for (int64_t t = 0; t < work.count; ++t) {
       const float step = steps_from[work.rows[t].row] + 1;
       if (step != last) set_rule(c, rule, h.rule, d.flags, last = step);
-      steps[work.rows[t].row] = step;
+      steps[work.rows[t].row] = descends ? step : step - 1;
       numbers.push_back(c);
     }
-    const Variant variant{pass, work.dtype, rule, bool(d.flags & kAdaptive), bool(d.flags & kDerives)};
+    Variant variant{pass, work.dtype, rule, bool(d.flags & kAdaptive), bool(d.flags & kDerives)};
+    if (!descends) variant.rule = Rule::none;
+    if (!descends && pass == Pass::descend_ascend) variant.pass = Pass::descend;
     sums = run<T>(variant, work, numbers, pieces, pass == Pass::descend_align ? 3 : 0);
   });
   return sums;

@@ -5,9 +5,8 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,14 +15,23 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
-@dataclass(frozen=True)
-class Settings:
+class Settings(NamedTuple):
     """What one outer step is run with; the arguments of ``Lookbehind``."""
 
     k: int
     alpha: float | str
     alpha_scope: str
     max_grad_norm: float | None
+    nonfinite: str
+
+    @property
+    def skips(self) -> bool:
+        """Whether an evaluation with a non-finite gradient moves nothing."""
+        return self.nonfinite == "skip"
+
+    @property
+    def descents_need_norms(self) -> bool:
+        return self.max_grad_norm is not None or self.skips
 
     @property
     def aligns(self) -> bool:
@@ -35,7 +43,9 @@ class Settings:
         return 1.0 if isinstance(self.alpha, str) else float(self.alpha)
 
 
-def checked_settings(k: int, alpha: float | str, alpha_scope: str, max_grad_norm: float | None) -> Settings:
+def checked_settings(
+    k: int, alpha: float | str, alpha_scope: str, max_grad_norm: float | None, nonfinite: str
+) -> Settings:
     """``Settings``, once every one of them is acceptable.
 
     Raises:
@@ -51,7 +61,19 @@ def checked_settings(k: int, alpha: float | str, alpha_scope: str, max_grad_norm
         raise _wrong("alpha_scope", '"global" or "tensor"', alpha_scope, (str,))
     if max_grad_norm is not None and not (_is_number(max_grad_norm) and 0 < max_grad_norm < math.inf):
         raise _wrong("max_grad_norm", "None or a finite number > 0", max_grad_norm, (numbers.Real,))
-    return Settings(k, alpha, alpha_scope, max_grad_norm)
+    if nonfinite not in ("propagate", "skip"):
+        raise _wrong("nonfinite", '"propagate" or "skip"', nonfinite, (str,))
+    return Settings(k, alpha, alpha_scope, max_grad_norm, nonfinite)
+
+
+def check_grad_scale(value: Any) -> None:
+    """Refuse anything but None, a finite number > 0, and a floating tensor of one element, whose value is not read."""
+    expected = "None, a finite number > 0 or a floating tensor of one element"
+    if isinstance(value, Tensor):
+        if value.numel() != 1 or not value.is_floating_point():
+            raise ValueError(f"grad_scale: expected {expected}, got {describe(*layout(value)[:3])}")
+    elif value is not None and not (_is_number(value) and 0 < value < math.inf):
+        raise _wrong("grad_scale", expected, value, (numbers.Real,))
 
 
 def check_group(group: dict[str, Any], where: str = "") -> None:

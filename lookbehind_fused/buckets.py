@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from numbers import Real
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -23,7 +24,7 @@ from torch.optim import Optimizer
 from .arguments import Settings, check_group, describe, layout
 from .base import Rule
 from .kernels import Flag, reference
-from .kernels.schema import ADDRESS, tensor_table
+from .kernels.schema import ADDRESS, UNSCALE, tensor_table
 
 ALIGNMENT = 64  # bytes
 STEP_BUFFERS = ("slow", "fast", "first", "perturbed")
@@ -154,7 +155,7 @@ class Bucket:
         # Of even and of odd inner steps: kernels read one while they write the other.
         self.working_steps = [torch.zeros(len(params), device=scalars) for _ in range(2)]
         self.sums = torch.zeros(len(params), 3, dtype=torch.float64, device=self.device)
-        self.hyper = torch.zeros(4 + len(rule.hyper(group)), dtype=torch.float64, device=scalars)
+        self.hyper = torch.zeros(UNSCALE + 1 + len(rule.hyper(group)), dtype=torch.float64, device=scalars)
         self.group_values: tuple = ()
         self.settings: Settings | None = None
         self.state_names: tuple[str, ...] = ()
@@ -198,11 +199,12 @@ class Bucket:
             f"{describe(*now[:3])}; build a new optimizer for the changed model"
         )
 
-    def open(self, settings: Settings, state_changed: bool, moved: bool) -> None:
+    def open(self, settings: Settings, grad_scale: float | Tensor | None, state_changed: bool, moved: bool) -> None:
         """Begin an outer step: take over the base's state and the group's settings as they are now.
 
         Args:
             settings: those of the step.
+            grad_scale: what the loss was multiplied by.
             state_changed: whether tensors of ``base.state`` may be others than at the last step.
             moved: whether parameters may be at other addresses than at the last step.
 
@@ -210,10 +212,11 @@ class Bucket:
             ValueError: the group's rho, adaptive or eta is not acceptable, or a tensor in ``base.state[p]`` has not the
                 parameter's shape.
         """
-        self._read_group(settings)
+        self._read_group(settings, grad_scale)
         names = self.rule.state(self.group)
-        # fast_1 itself is needed once more for an adaptive alpha with k >= 3
-        derives = settings.k > 1 and not (settings.aligns and settings.k > 2) and self.rule.derives(self.group)
+        # fast_1 itself is needed once more for an adaptive alpha with k >= 3, and is slow where its update was skipped
+        derives = settings.k > 1 and not (settings.aligns and settings.k > 2) and not settings.skips
+        derives = derives and self.rule.derives(self.group)
         adopts = state_changed or names != self.state_names
         if adopts:
             self._adopt_state(names)
@@ -247,22 +250,31 @@ class Bucket:
             if name == "fast" and own_step:
                 self.stand_ins = [self.view("fast", row) for row in range(len(self.params))]
 
-    def _read_group(self, settings: Settings) -> None:
+    def _read_group(self, settings: Settings, grad_scale: float | Tensor | None) -> None:
         """Bring ``hyper`` and ``flags`` up to date."""
+        scaled_on_device = isinstance(grad_scale, Tensor)
+        self._read_numbers(settings, "on device" if scaled_on_device else grad_scale)
+        self.unscale = None if grad_scale is None else self.hyper[UNSCALE]
+        if scaled_on_device:
+            self.unscale.copy_(grad_scale.detach().view(()).double().reciprocal(), non_blocking=True)
+
+    def _read_numbers(self, settings: Settings, grad_scale: float | str | None) -> None:
         group = self.group
         values = (
             *(group["rho"], group["eta"], settings.static_alpha, settings.max_grad_norm, *self.rule.hyper(group)),
-            *(group["adaptive"], settings.alpha_scope, self.rule.flags(group)),
+            *(group["adaptive"], settings.alpha_scope, self.rule.flags(group), settings.nonfinite, grad_scale),
         )
         if values == self.group_values:
             return
         check_group(group, self.group_name)
         clip = float("inf") if settings.max_grad_norm is None else settings.max_grad_norm
-        hyper = (group["rho"], group["eta"], settings.static_alpha, clip, *self.rule.hyper(group))
+        unscale = 1 / grad_scale if isinstance(grad_scale, Real) else 1.0
+        hyper = (group["rho"], group["eta"], settings.static_alpha, clip, unscale, *self.rule.hyper(group))
         values_now = torch.tensor([float(value) for value in hyper], dtype=torch.float64)
         self.hyper.copy_(values_now.pin_memory() if self.hyper.is_cuda else values_now, non_blocking=True)
         per_tensor = Flag.PER_TENSOR * (settings.alpha_scope == "tensor")
-        self.flags = int(self.rule.flags(group) + Flag.ADAPTIVE * group["adaptive"] + per_tensor)
+        switches = Flag.ADAPTIVE * group["adaptive"] + per_tensor + Flag.SKIPS * settings.skips
+        self.flags = int(self.rule.flags(group) + switches)
         self.group_values = () if any(isinstance(value, Tensor) for value in hyper) else values  # they change in place
 
     def _adopt_state(self, names: tuple[str, ...]) -> None:
@@ -519,13 +531,11 @@ class Bucket:
         """(parameter, stand-in) for every tensor with a gradient: the stand-in's memory is the fast weights."""
         if evaluation.first:
             self.buffers["fast"].copy_(self.buffers["slow"])
-        clip = None
-        if self.settings.max_grad_norm is not None:
-            sq_norms = scalars.sq_norms[self.device][evaluation.index]
-            clip = reference.clip_coefficient(sq_norms, self.settings.max_grad_norm)
+        sq_norms = scalars.sq_norms[self.device][evaluation.index]
+        scale = reference.gradient_scale(sq_norms, self.settings.max_grad_norm, self.unscale)
         for row, grad in zip(gathered.rows, gathered.grads, strict=True):
             grad = grad.to(self.buffer_dtype)
-            self.stand_ins[row].grad = grad if clip is None else grad * clip.to(grad.dtype)
+            self.stand_ins[row].grad = grad if scale is None else grad * scale.to(grad.device, grad.dtype)
         return [(self.params[row], self.stand_ins[row]) for row in gathered.rows]
 
     def unstage(self, evaluation: Evaluation, gathered: Gathered) -> None:
@@ -599,8 +609,8 @@ class Bucket:
         steps_from = self.steps if reads_own else self.working_steps[not evaluation.odd]
         if reads_own and writes_own:
             steps_from = None
+        needs_norms = self.settings.descents_need_norms
         between = own if reads_own and writes_own else [self.buffers[working(name)] for name in names]
-        clips = self.settings.max_grad_norm is not None
         return {
             "params": part.params,
             "grads": part.grads,
@@ -609,7 +619,7 @@ class Bucket:
             "steps": self.steps if writes_own else self.working_steps[evaluation.odd],
             "steps_from": steps_from,
             "table": part.table,
-            "sq_norms": scalars.sq_norms[self.device][evaluation.index] if clips else None,
+            "sq_norms": scalars.sq_norms[self.device][evaluation.index] if needs_norms else None,
             "hyper": self.hyper,
             "rule": self.rule.name,
             "flags": part.flags,

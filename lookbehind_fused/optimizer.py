@@ -15,10 +15,18 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT, _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from . import kernels
-from .arguments import Settings, check_bool, check_group, check_parameters, checked_settings, name_of
+from .arguments import (
+    Settings,
+    check_bool,
+    check_grad_scale,
+    check_group,
+    check_parameters,
+    checked_settings,
+    name_of,
+)
 from .base import GROUP_DEFAULTS, OwnStep, keep_when_loading, rule_of
 from .buckets import Bucket, Evaluation, Gathered, Scalars
-from .kernels.reference import adaptive_alpha, total_norm
+from .kernels.reference import adaptive_alpha, finite, total_norm
 
 # Attributes of an open step and of what is rebuilt when needed: neither copied nor pickled.
 TRANSIENT = {
@@ -77,9 +85,15 @@ class Lookbehind(Optimizer):
         eta: ASAM's stabilizer, >= 0; not the learning rate.
         reuse_gradient: False evaluates 2k gradients; needed where the minibatch is switched inside the step.
         max_grad_norm: the descent multiplies its gradient by ``min(1, max_grad_norm / (||g||_2 + 1e-6))``, the norm
-            running
-            over all parameters (as ``torch.nn.utils.clip_grad_norm_``); None does not clip. The ascent has no use for
-            it.
+            running over all parameters (as ``torch.nn.utils.clip_grad_norm_``); None does not clip. The ascent has no
+            use for it.
+        nonfinite: ``"propagate"``, or ``"skip"``: where the norm of a gradient is inf or NaN, the descent and the
+            ascent of that evaluation move nothing, neither weights nor state; ``diagnostics["skipped"]`` counts them.
+            It is decided where the tensors are, without a wait (but for base optimizers that run their own step), and
+            costs a pass over the gradients at evaluation k and a buffer of fast weights for k = 2.
+        grad_scale: what the loss was multiplied by before backward: a number > 0, or a tensor of one element, such as
+            ``scaler.scale(torch.ones((), device=...))`` of a ``GradScaler``, which is not waited for. The descent and
+            ``max_grad_norm`` see the gradient divided by it; the ascent is free of it. None for 1.
         backend: ``"auto"`` (the fastest that there is for the device), ``"native"`` (C++, for CPUs), ``"triton"`` (for
             GPUs) or ``"reference"`` (plain PyTorch).
         **base_kwargs: arguments of the class ``base_optimizer``.
@@ -105,13 +119,16 @@ class Lookbehind(Optimizer):
         eta: float = GROUP_DEFAULTS["eta"],
         reuse_gradient: bool = True,
         max_grad_norm: float | None = None,
+        nonfinite: str = "propagate",
+        grad_scale: float | Tensor | None = None,
         backend: str = "auto",
         **base_kwargs: Any,
     ) -> None:
         group_defaults = {"rho": rho, "adaptive": adaptive, "eta": eta}
         check_group(group_defaults)
         check_bool("reuse_gradient", reuse_gradient)
-        checked_settings(k, alpha, alpha_scope, max_grad_norm)
+        checked_settings(k, alpha, alpha_scope, max_grad_norm, nonfinite)
+        check_grad_scale(grad_scale)
         kernels.resolve(backend)
         base = _build_base(params, base_optimizer, base_kwargs)
         check_parameters(*_params_and_names(base.param_groups))
@@ -130,6 +147,8 @@ class Lookbehind(Optimizer):
                 "alpha_scope": alpha_scope,
                 "reuse_gradient": reuse_gradient,
                 "max_grad_norm": max_grad_norm,
+                "nonfinite": nonfinite,
+                "grad_scale": grad_scale,
                 "backend": backend,
             }
         )
@@ -305,15 +324,23 @@ class Lookbehind(Optimizer):
     def diagnostics(self) -> dict[str, Tensor]:
         """Figures of the last outer step, as tensors on the parameters' device; reading them waits for nothing.
 
-        ``grad_norm``: 0-dim float64, the L2 norm of the gradient at the slow weights, over all parameters. ``alpha``:
-        0-dim float64, the slow step size; with an adaptive alpha of scope "tensor" of shape (parameters,), in the order
-        of the parameter groups, NaN for a parameter that took no part. Empty if there was no step or it was abandoned.
+        ``grad_norm``: 0-dim float64, the L2 norm of the gradient at the slow weights, over all parameters, divided by
+        ``grad_scale``. ``skipped``: 0-dim int64, how many evaluations of the step were skipped (``nonfinite``).
+        ``alpha``: 0-dim float64, the slow step size; with an adaptive alpha of scope "tensor" of shape (parameters,),
+        in the order of the parameter groups, NaN for a parameter that took no part. Empty if there was no step or it
+        was abandoned.
         """
         if not self._completed:
             return {}
         bucket = self._buckets[0]
         settings = bucket.settings
-        grad_norm = total_norm(self._scalars.sq_norms[bucket.device][0], 1)
+        sq_norms = self._scalars.sq_norms[bucket.device]
+        grad_norm = total_norm(sq_norms[0], 1)
+        if bucket.unscale is not None:
+            grad_norm = grad_norm * bucket.unscale.to(bucket.device, non_blocking=True)
+        skipped = torch.zeros((), dtype=torch.int64, device=bucket.device)
+        if settings.skips:
+            skipped = (~finite(torch.stack(sq_norms[: self._evaluated]))).sum()
         if settings.alpha != "adaptive" or (settings.alpha_scope == "global" and not settings.aligns):
             alpha = torch.full((), settings.static_alpha, dtype=torch.float64, device=bucket.device)
         elif settings.alpha_scope == "global":
@@ -324,7 +351,7 @@ class Lookbehind(Optimizer):
             for bucket in self._buckets:
                 of_bucket = adaptive_alpha(bucket.sums) if settings.aligns else torch.ones(len(bucket.params)).double()
                 alpha[bucket.indices] = of_bucket.to(alpha.device, non_blocking=True)
-        return {"grad_norm": grad_norm, "alpha": alpha}
+        return {"grad_norm": grad_norm, "alpha": alpha, "skipped": skipped}
 
     # ---- the loop ----
 
@@ -408,6 +435,7 @@ class Lookbehind(Optimizer):
         for bucket, of_bucket in zip(self._buckets, gathered, strict=True):
             bucket.record(evaluation, of_bucket)
         if evaluation.descends and evaluation.last:
+            self._evaluated = evaluation.index + 1
             self._complete()
 
     def _run_passes(self, evaluation: Evaluation, gathered: list[Gathered], done: list[Bucket] | None = None) -> None:
@@ -417,7 +445,7 @@ class Lookbehind(Optimizer):
         buckets, scalars, settings = self._buckets, self._scalars, self._settings
         own_step = evaluation.descends and self._own_step.needed
         pass_reduces = evaluation.ascends and scalars.alone and not own_step
-        if (evaluation.ascends and not pass_reduces) or (settings.max_grad_norm is not None and not evaluation.ascends):
+        if (evaluation.ascends and not pass_reduces) or (settings.descents_need_norms and not evaluation.ascends):
             for bucket, of_bucket in zip(buckets, gathered, strict=True):
                 bucket.reduce_sq_norm(evaluation, scalars, of_bucket)
             scalars.share_sq_norms(evaluation.index)
@@ -445,7 +473,9 @@ class Lookbehind(Optimizer):
             self._own_step.remember()
         pairs = list(zip(self._buckets, gathered, strict=True))
         staged = [bucket.stage(evaluation, self._scalars, of_bucket) for bucket, of_bucket in pairs]
-        self._own_step.step(chain.from_iterable(staged))
+        device = self._buckets[0].device
+        if not self._settings.skips or bool(finite(self._scalars.sq_norms[device][evaluation.index])):
+            self._own_step.step(chain.from_iterable(staged))
         for bucket, of_bucket in pairs:
             bucket.unstage(evaluation, of_bucket)
 
@@ -480,7 +510,7 @@ class Lookbehind(Optimizer):
             self._scalars, self._completed = Scalars(self._buckets, 2 * settings.k), False
         state_changed = self._ids_of_state() != self._state_ids
         for bucket in self._buckets:
-            bucket.open(settings, state_changed, changed)
+            bucket.open(settings, self.grad_scale, state_changed, changed)
         if state_changed:
             self._state_ids = self._ids_of_state()
         self._settings = settings
@@ -488,11 +518,10 @@ class Lookbehind(Optimizer):
             self._tensors = Seen(tensors, self.param_groups, self._buckets)
 
     def _read_settings(self) -> Settings:
-        now = (self.k, self.alpha, self.alpha_scope, self.max_grad_norm)
-        settings = self._settings
-        if settings is None or now != (settings.k, settings.alpha, settings.alpha_scope, settings.max_grad_norm):
-            settings = checked_settings(*now)
-        return settings
+        if self.grad_scale is not None:
+            check_grad_scale(self.grad_scale)
+        now = (self.k, self.alpha, self.alpha_scope, self.max_grad_norm, self.nonfinite)
+        return self._settings if now == self._settings else checked_settings(*now)
 
     def _ids_of_state(self) -> list[int]:
         """The identity of every value in the base's state: what was replaced, loaded, added or removed shows here."""
@@ -637,7 +666,10 @@ class Lookbehind(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         self._require_closed("copying or pickling the optimizer")
-        kept = ("base_optimizer", "defaults", "k", "alpha", "alpha_scope", "reuse_gradient", "max_grad_norm", "backend")
+        kept = (
+            *("base_optimizer", "defaults", "k", "alpha", "alpha_scope", "reuse_gradient", "max_grad_norm"),
+            *("nonfinite", "grad_scale", "backend"),
+        )
         return {name: self.__dict__[name] for name in kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

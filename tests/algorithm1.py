@@ -37,6 +37,8 @@ class Outcome:
     """L2 norm over all tensors of the gradient at evaluation 0."""
     evaluations: int
     """How many gradients were evaluated."""
+    skipped: int
+    """How many evaluations moved nothing since their gradient was not finite."""
     displacement: float
     """The shorter of ||fast_1 - slow|| and ||fast_k - slow|| (zero ones left out): how well alpha is conditioned."""
 
@@ -54,9 +56,14 @@ def algorithm1(
     eta: float | Sequence[float] = 0.01,
     reuse: bool = True,
     max_grad_norm: float | None = None,
+    nonfinite: str = "propagate",
+    grad_scale: float = 1.0,
     arithmetic: torch.dtype | None = None,
 ) -> Outcome:
     """One outer step from ``params``; ``rho``, ``adaptive`` and ``eta`` may be lists with a value for each tensor.
+
+    ``nonfinite="skip"``: neither ascent nor descent uses a gradient that is not finite. ``grad_scale``: gradients are
+    so many times what they should be.
 
     ``gradient(points, index)`` is evaluation ``index`` (0-based) at ``points``, which have the dtypes of ``params``.
     ``base(fast, gradients)`` is one step of the base optimizer, with its own memory: ``Formulas`` or ``TorchBase``.
@@ -65,14 +72,19 @@ def algorithm1(
     """
     rho, adaptive, eta = (each(value, len(params)) for value in (rho, adaptive, eta))
     working = [arithmetic or (torch.float32 if p.dtype in (torch.bfloat16, torch.float16) else p.dtype) for p in params]
-    evaluations = 0
+    evaluations = skipped = 0
+
+    def usable(g: Gradients) -> bool:
+        return nonfinite == "propagate" or math.isfinite(norm(g))
 
     def evaluate(perturbed: list[Tensor]) -> Gradients:
-        nonlocal evaluations
+        nonlocal evaluations, skipped
         live = [w.to(p.dtype) for w, p in zip(perturbed, params, strict=True)]
         gradients = gradient(live, evaluations)
         evaluations += 1
-        return [None if g is None else g.to(dtype) for g, dtype in zip(gradients, working, strict=True)]
+        g = [None if g is None else g.to(dtype) / grad_scale for g, dtype in zip(gradients, working, strict=True)]
+        skipped += not usable(g)
+        return g
 
     slow = [p.detach().to(dtype, copy=True) for p, dtype in zip(params, working, strict=True)]
     fast = first = perturbed = slow
@@ -82,9 +94,11 @@ def algorithm1(
             g = evaluate(perturbed)
         if i == 1:
             grad_norm = norm(g)
-        perturbed = ascend(perturbed, g, rho, adaptive, eta)
+        if usable(g):
+            perturbed = ascend(perturbed, g, rho, adaptive, eta)
         g = evaluate(perturbed)
-        fast = base(fast, clip(g, max_grad_norm))
+        if usable(g):
+            fast = base(fast, clip(g, max_grad_norm))
         if i == 1:
             first = fast
 
@@ -98,6 +112,7 @@ def algorithm1(
         alpha=alphas,
         grad_norm=grad_norm,
         evaluations=evaluations,
+        skipped=skipped,
         displacement=min((length for length in lengths if length > 0), default=math.inf),
     )
 

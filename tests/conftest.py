@@ -184,6 +184,7 @@ class Duel:
         arithmetic: see ``algorithm1``.
         curvature: how much the gradient depends on the weights; 0 takes rounding of the weights out of the comparison.
         missing: (step, evaluation, tensor) for each gradient that is None.
+        broken: (step, evaluation) of which the last tensor's gradient has a NaN.
         gradient_layout: makes the tensor that is put into ``.grad`` out of (tensor number, gradient).
     """
 
@@ -200,6 +201,7 @@ class Duel:
         arithmetic: torch.dtype | None = None,
         curvature: float = 1.0,
         missing: Collection[tuple[int, int, int]] = (),
+        broken: Collection[tuple[int, int]] = (),
         gradient_layout: Callable[[int, Tensor], Tensor] = lambda i, g: g,
         seed: int = 0,
     ) -> None:
@@ -210,7 +212,7 @@ class Duel:
             curvature * (0.2 + torch.rand(p.shape, generator=generator, dtype=torch.float64)) for p in self.params
         ]
         self.slope = [torch.randn(p.shape, generator=generator, dtype=torch.float64) for p in self.params]
-        self.form, self.missing, self.gradient_layout = form, set(missing), gradient_layout
+        self.form, self.missing, self.broken, self.gradient_layout = form, set(missing), set(broken), gradient_layout
         self.optimizer = Lookbehind(groups, base[0], backend=backend, **options, **hyper)
 
         self.oracle_dtype = oracle_dtype
@@ -220,6 +222,8 @@ class Duel:
             "scope": options.get("alpha_scope", "global"),
             "reuse": options.get("reuse_gradient", True),
             "max_grad_norm": options.get("max_grad_norm"),
+            "nonfinite": options.get("nonfinite", "propagate"),
+            "grad_scale": float(options.get("grad_scale") or 1.0),
             "arithmetic": arithmetic,
         }
         for name, default in {"rho": 0.05, "adaptive": False, "eta": 0.01}.items():
@@ -237,7 +241,11 @@ class Duel:
         if (self.steps, index, i) in self.missing:
             return None
         phase = 1 + 0.25 * ((3 * self.steps + 2 * index + i) % 5)
-        return self.curvature[i].to(w.dtype) * w + phase * self.slope[i].to(w.dtype)
+        g = self.curvature[i].to(w.dtype) * w + phase * self.slope[i].to(w.dtype)
+        g = g * self.settings["grad_scale"]
+        if (self.steps, index) in self.broken and i == len(self.params) - 1:
+            g.view(-1)[-1] = float("nan")
+        return g
 
     def step(self) -> None:
         """One outer step on both sides. ``points`` and ``expected_points``: the weights at each evaluation."""
@@ -297,13 +305,20 @@ class Duel:
                 compare(f"points of tensor {i} at evaluation {e}", points[i], expected_points[i], bound)
             found = dict(self.optimizer.base_optimizer.state.get(p, {}))
             entries = self.base.state[i]
-            assert set(found) == set(entries), f"state of tensor {i}"
+            assert set(found) == set(entries) or (self.broken and not entries), f"state of tensor {i}"
+            for key in found.keys() - entries.keys():  # all of its updates were skipped
+                assert not torch.as_tensor(found[key]).any(), f"{key} of tensor {i}"
             for key in entries:
                 compare(
                     f"state {key} of tensor {i}", torch.as_tensor(found[key]), torch.as_tensor(entries[key]), tolerance
                 )
         grad_norm = torch.tensor(self.outcome.grad_norm, dtype=torch.float64)
-        compare("grad_norm", self.optimizer.diagnostics["grad_norm"], grad_norm, tolerance)
+        found = self.optimizer.diagnostics["grad_norm"]
+        if grad_norm.isnan():
+            assert found.isnan()
+        else:
+            compare("grad_norm", found, grad_norm, tolerance)
+        assert self.optimizer.diagnostics["skipped"] == self.outcome.skipped
         # alpha comes from displacements, in which the rounding of the weights is magnified
         compare("alpha", *self._alphas(), tolerance * (1 + 1 / self.outcome.displacement))
         return errors

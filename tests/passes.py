@@ -52,9 +52,11 @@ class Case:
         sizes: elements of each tensor; a tuple is a shape. Tensors begin at odd addresses.
         flags: beside those of the rule.
         apart: old values are read from other buffers than those that are written.
-        unkept: there is no buffer for the fast weights (descend, descend_ascend) or for fast_1 (descend_align).
+        unkept: there is no buffer for the fast weights (descend, descend_ascend), for fast_1 (descend_align) or for the
+            slow weights (ascend: not the first of a step).
         listed: the parameters come as a list; otherwise by the addresses in ``table``.
         row: the bucket's own row of ``sq_norms``, filled by a pass that ascends; -1 leaves it as it is.
+        broken: a gradient has a NaN, or where ``sq_norms`` are left as they are, they have an inf.
     """
 
     def __init__(
@@ -69,6 +71,7 @@ class Case:
         unkept: bool = False,
         listed: bool = True,
         row: int = 1,
+        broken: bool = False,
         seed: int = 0,
     ) -> None:
         self.name, self.dtype, self.listed = name, dtype, listed
@@ -85,12 +88,13 @@ class Case:
         table = [[count - 1 - t, span.start, span.stop - span.start] for t, span in enumerate(self.spans)]
         low = dtype in LOW_PRECISION
         rows = count if flags & Flag.PER_TENSOR else 2 if name == "interpolate" else 1
+        most = 1.5 if seed // 2 % 2 == 0 else 1e3  # clips or does not: where it does, the gradient's scale is lost
         sums = torch.rand(rows, 3, generator=self.generator, dtype=torch.float64) * 0.5 + 1.0
         everything = {
             "params": [self.tensor(shape, t % 3) for t, shape in enumerate(self.shapes)],
             "grads": [self.tensor(shape, (t + 1) % 4) for t, shape in enumerate(self.shapes)],
             "perturbed": self.buffer() if low else None,
-            "slow": self.buffer(),
+            "slow": None if unkept and name == "ascend" else self.buffer(),
             "fast": None if unkept and name in ("descend", "descend_ascend") else self.buffer(),
             "fast_from": self.buffer() if apart or unkept else None,
             "first": None if unkept else self.buffer(),
@@ -101,13 +105,20 @@ class Case:
             "table": torch.tensor(table, dtype=torch.int64).view(-1, 3),
             "sq_norms": torch.tensor([[3.0, 4.0], [1.5, 2.0]], dtype=torch.float64),
             "row": row,
-            "hyper": torch.tensor([0.3, 0.03, 0.3, 1.5, *HYPER[rule_name]], dtype=torch.float64),
+            "hyper": torch.tensor([0.3, 0.03, 0.3, most, 0.75, *HYPER[rule_name]], dtype=torch.float64),
             "rule": rule_name,
             "flags": int(own_flags | flags),
             "sums": sums if name == "interpolate" else torch.full_like(sums, float("nan")),
         }
         if flags & Flag.DERIVES and "slow" in ARGUMENTS[name]:
             everything["fast"] = everything["slow"].clone()
+        if broken and row >= 0 and name in ("ascend", "descend_ascend"):
+            everything["grads"][-1].view(-1)[-1] = float("nan")
+        elif broken:
+            everything["sq_norms"][0, 1] = float("inf")
+        if broken and low:  # parameters that do not move are not written either: they are the image of these
+            for p, span in zip(everything["params"], self.spans, strict=True):
+                p.view(-1).copy_(everything["perturbed"][span])
         self.arguments = {key: everything[key] for key in ARGUMENTS[name]}
 
     def random(self, shape: Any) -> Tensor:
@@ -171,7 +182,7 @@ class Case:
                         self.compare(f"{self.name}: {key}[{i}]", key, a[part], e[part])
 
     def compare(self, what: str, key: str, a: Tensor, e: Tensor) -> None:
-        assert bool(e.isfinite().all()) or key == "sums", what
+        assert bool(e.isfinite().all()) or key in ("sums", "sq_norms"), what
         if key == "steps":
             assert_equal(what, a, e)
             return
@@ -180,7 +191,8 @@ class Case:
             beyond = ((a.double() - e).abs() - near).clamp(min=0)
             error = scaled_error(beyond, torch.zeros_like(beyond))
         else:
-            a, e = (x.nan_to_num(nan=-7.0) if key == "sums" else x for x in (a, e))  # rows of nobody stay NaN
+            if key in ("sums", "sq_norms"):  # rows of nobody stay NaN, a broken gradient has such a norm
+                a, e = (x.nan_to_num(nan=-7.0) for x in (a, e))
             error = scaled_error(a, e)
         assert error <= TOLERANCE[self.dtype], f"{what}: {error:.2e}"
 
@@ -208,11 +220,16 @@ def cases(dtype: torch.dtype, name: str, rule: str, sizes: list[Any] = SIZES) ->
     scaled = (0, Flag.ADAPTIVE) if name in ("reduce_sq_norm", "ascend", "descend_ascend") else (0,)
     apart = (True, False) if name in DESCENTS else (True,)
     rows = (1, -1) if name in ("ascend", "descend_ascend") else (1,)
-    kept = (False, True) if name in DESCENTS else (False,)
+    kept = (False, True) if name in ("ascend", *DESCENTS) else (False,)
     derives = (0, Flag.DERIVES) if name in DESCENTS and rule in DERIVABLE else (0,)
     number = 0
     for scope, t, a, row, unkept, d in itertools.product(scopes, scaled, apart, rows, kept, derives):
         if not (d and name == "descend_align" and not unkept):  # fast_1 is derived only where it is not kept
             options = {"apart": a, "row": row, "unkept": unkept, "listed": number % 2 == 0}
             yield Case(name, dtype, sizes, rule, scope | t | d, seed=number, **options)
+            number += 1
+    if name in ("ascend", *DESCENTS):
+        for broken, a, row, unkept in itertools.product((True, False), apart, rows, kept):
+            options = {"apart": a, "row": row, "unkept": unkept, "listed": number % 2 == 0, "broken": broken}
+            yield Case(name, dtype, sizes, rule, Flag.SKIPS | scaled[number % len(scaled)], seed=number, **options)
             number += 1

@@ -202,7 +202,7 @@ def compare_steps(
         for i, (p, q) in enumerate(zip(params, oracle.params, strict=True)):
             assert_close(f"step {t}, tensor {i}", p, q, TOLERANCE)
         assert_state(optimizer, params, oracle.base.state, TOLERANCE)
-        assert set(optimizer.diagnostics) == {"grad_norm", "alpha"}
+        assert set(optimizer.diagnostics) == {"grad_norm", "alpha", "skipped"}
         grad_norm = torch.tensor(expected.grad_norm, dtype=torch.float64)
         assert_close("grad_norm", optimizer.diagnostics["grad_norm"], grad_norm, TOLERANCE)
         alpha = torch.tensor(expected.alpha, dtype=torch.float64)

@@ -71,6 +71,8 @@ BAD_ARGUMENTS = [
     *[("alpha", value, "adaptive") for value in (0, -0.1, 1.1, math.nan, math.inf, "adaptve", "", None, True)],
     *[("alpha_scope", value, "global.*tensor") for value in ("layer", "", None, 1)],
     *[("backend", value, "reference") for value in ("fast", "Native", "metal", "cuda", "", None, 1)],
+    *[("nonfinite", value, r'"propagate" or "skip"') for value in ("ignore", None, True)],
+    *[("grad_scale", value, "None, a finite number > 0") for value in (0, -2.0, math.nan, math.inf, "a", True)],
     *[("max_grad_norm", value, r"> 0|positive|above 0") for value in (0, -1, math.nan, math.inf, "a")],
     *[("reuse_gradient", value, "bool|True|False") for value in (2, "yes", None)],
 ]
@@ -96,6 +98,23 @@ def test_bad_argument(backend, name, value, expectation):
     assert len(base.state) == 0
     problem.closure()
     base.step()  # still a working torch optimizer
+
+
+@pytest.mark.parametrize("value", [torch.ones(2), torch.tensor(3)], ids=str)
+def test_a_grad_scale_of_another_kind(backend, value):
+    """At construction, and at the step when it is set later: nothing has moved then."""
+    problem = Problem()
+    expected = r"grad_scale: expected .*tensor of one element, got shape .*" + str(value.dtype).removeprefix("torch.")
+    with pytest.raises(ValueError, match=expected):
+        Lookbehind(problem.params, torch.optim.SGD, lr=0.1, grad_scale=value, backend=backend)
+    opt = Lookbehind(problem.params, torch.optim.SGD, lr=0.1, backend=backend)
+    before = problem.values()
+    opt.grad_scale = value
+    with pytest.raises(ValueError, match=expected):
+        outer_step(opt, problem)
+    assert_same_state(problem.values(), before)
+    opt.grad_scale = None
+    outer_step(opt, problem)
 
 
 @pytest.mark.parametrize(

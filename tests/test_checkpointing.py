@@ -463,7 +463,17 @@ def test_a_copy_trains_on_identically_and_independently(backend, run, steps, how
     assert not {id(p) for p in other.params} & {id(p) for p in problem.params}
     assert copied.param_groups is copied.base_optimizer.param_groups
     assert copied.state is copied.base_optimizer.state
-    for name in ("k", "alpha", "alpha_scope", "reuse_gradient", "max_grad_norm", "backend", "defaults"):
+    for name in (
+        "k",
+        "alpha",
+        "alpha_scope",
+        "reuse_gradient",
+        "max_grad_norm",
+        "nonfinite",
+        "grad_scale",
+        "backend",
+        "defaults",
+    ):
         assert getattr(copied, name) == getattr(opt, name), name
     before = snapshot(opt)
     train(copied, other, AFTER)

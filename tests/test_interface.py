@@ -813,7 +813,7 @@ def test_diagnostics_of_a_static_alpha(backend, form, adaptive):
         expected = norm(problem.grads())
         outer_step(opt, problem, form)
         said = opt.diagnostics
-        assert set(said) == {"grad_norm", "alpha"}
+        assert set(said) == {"grad_norm", "alpha", "skipped"}
         for value in said.values():
             assert isinstance(value, torch.Tensor)
             assert value.dim() == 0

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from lookbehind_fused import Lookbehind
 from lookbehind_fused.kernels import BACKENDS, SCHEMAS, Flag, native, reference
+from lookbehind_fused.kernels.schema import UNSCALE
 from tests.conftest import LOW_PRECISION, Duel, assert_close, assert_equal, dense, drive, scaled_error
 from tests.passes import ARGUMENTS, DESCENTS, DTYPES, OPS, SIZES, VARIANTS, WRITTEN, Case, cases, listed_values
 from tests.test_parameters import OPTIONS, parameters
@@ -43,7 +44,7 @@ def check_conversions() -> None:
         arguments = case.copies()
         arguments["grads"][0].copy_(patterns)
         arguments["fast_from"].fill_(-0.0)
-        arguments["hyper"].copy_(torch.tensor([0.0, 0.0, 1.0, float("inf"), -1.0, 0.0, 0.0, 0.0]))
+        arguments["hyper"].copy_(torch.tensor([0.0, 0.0, 1.0, float("inf"), 1.0, -1.0, 0.0, 0.0, 0.0]))
         native.descend(**arguments)
         assert_bits(f"{dtype} as a gradient", arguments["fast"][case.spans[0]] + 0.0, patterns.float() + 0.0)
 
@@ -104,24 +105,28 @@ def test_streamed_results() -> None:
     Case("descend_align", torch.bfloat16, [8_400_001], "sgd").check()
 
 
-# rho, eta, alpha (which this pass has no use for), max_grad_norm, lr, beta1, beta2, eps, weight decay
-A_LITTLE_OFF = [1.01, 1.01, 1.0, 1.01, 1.001, 1.0001, 1.0001, 1.5, 1.01]
+# rho, eta, alpha (which this pass has no use for), max_grad_norm, unscale, lr, beta1, beta2, eps, weight decay
+A_LITTLE_OFF = [1.01, 1.01, 1.0, 1.01, 1.01, 1.001, 1.0001, 1.0001, 1.5, 1.01]
 
 
 @pytest.mark.parametrize(
-    ("key", "change"),
+    ("key", "change", "clips"),
     [
-        *[("hyper", lambda x, i=i, by=by: x[i].mul_(by)) for i, by in enumerate(A_LITTLE_OFF) if by != 1.0],
-        *[("flags", lambda x, flag=flag: x ^ flag) for flag in (Flag.ADAPTIVE, Flag.MAXIMIZE, Flag.DECOUPLED)],
-        ("row", lambda x: 0),
-        ("fast_from", lambda x: None),
-        ("state_from", lambda x: []),
-        ("steps_from", lambda x: x.add_(1)),
+        *[
+            ("hyper", lambda x, i=i, by=by: x[i].mul_(by), i != UNSCALE)
+            for i, by in enumerate(A_LITTLE_OFF)
+            if by != 1.0
+        ],
+        *[("flags", lambda x, flag=flag: x ^ flag, True) for flag in (Flag.ADAPTIVE, Flag.MAXIMIZE, Flag.DECOUPLED)],
+        ("row", lambda x: 0, True),
+        ("fast_from", lambda x: None, True),
+        ("state_from", lambda x: [], True),
+        ("steps_from", lambda x: x.add_(1), True),
     ],
 )
-def test_a_wrong_number_is_seen(key: str, change: Any) -> None:
+def test_a_wrong_number_is_seen(key: str, change: Any, clips: bool) -> None:
     """The comparison above notices it if native is given a number, a flag or a buffer that is not the reference's."""
-    case = Case("descend_ascend", torch.float32, SIZES, "adam-amsgrad", Flag.ADAPTIVE)
+    case = Case("descend_ascend", torch.float32, SIZES, "adam-amsgrad", Flag.ADAPTIVE, seed=0 if clips else 2)
     arguments = case.copies()
     changed = change(arguments[key])
     arguments[key] = arguments[key] if key == "hyper" else changed

@@ -26,6 +26,7 @@ def main() -> int:
     parser.add_argument("--passes", default="")
     parser.add_argument("--sample", type=int, default=1, help="every how manieth case")
     parser.add_argument("--most", type=int, default=10**9, help="how many cases at the most")
+    parser.add_argument("--tensors", type=int, default=0, help="how many small tensors instead of the usual ones")
     parser.add_argument("--steps", action="store_true", help="instead: whole steps of the optimizer (compiled only)")
     parser.add_argument("--far", action="store_true", help="instead: the last chunk of a tensor of 3e9 elements")
     chosen = parser.parse_args()
@@ -48,6 +49,8 @@ def main() -> int:
     dtype, number, ran, failed = getattr(torch, chosen.dtype), 0, 0, 0
     names = chosen.passes.split(",") if chosen.passes else sorted({name for name, _ in VARIANTS})
     sizes = SIZES["interpreter" if chosen.where == "interpreter" else "compiled"]
+    if chosen.tensors:
+        sizes = [1 + 5 * number % 23 for number in range(chosen.tensors)]
     for name, rule in VARIANTS:
         for case in cases(dtype, name, rule, sizes) if name in names else ():
             number += 1
@@ -172,7 +175,7 @@ def far() -> int:
 
     kernels.ascend[(1,)](
         rows=rows, chunks=chunks, grads=grads, perturbed=None, slow=slow, sq_norms=norms, buckets=1, hyper=hyper,
-        P=tl.float32, T=tl.float32, ADAPTS=False, **kernels.options(32),
+        P=tl.float32, T=tl.float32, ADAPTS=False, SKIPS=False, **kernels.options(32),
     )  # fmt: skip
     assert torch.equal(slow, torch.ones(count))
     assert torch.equal(p, expected)

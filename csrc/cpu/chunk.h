@@ -14,12 +14,23 @@ enum Flag : int64_t {
   kNesterov = 8,
   kAmsgrad = 16,
   kDecoupled = 32,
-  kDerives = 64
+  kDerives = 64,
+  kSkips = 128
 };
 
 enum class Dtype { f64, f32, bf16, f16 };
 enum class Rule { none, sgd, sgd_momentum, adam, adam_amsgrad };
-enum class Pass { reduce_sq_norm, ascend, descend, descend_ascend, descend_interpolate, descend_align, interpolate };
+// Those of kernels.schema, and ``keep``: the first ascent of a step where nothing is to move.
+enum class Pass {
+  reduce_sq_norm,
+  keep,
+  ascend,
+  descend,
+  descend_ascend,
+  descend_interpolate,
+  descend_align,
+  interpolate
+};
 
 // What decides which function computes a pass.
 struct Variant {
@@ -34,7 +45,7 @@ struct Variant {
 template <class T>
 struct Constants {
   T rule[10];
-  T scale;   // of the gradient in a descent: clipping
+  T scale;   // of the gradient in a descent: unscaling, clipping, the sign
   T factor;  // rho / (||T g|| + 1e-16)
   T eta;
   T alpha;

@@ -109,14 +109,14 @@ std::vector<char> pass(Find find, Variant variant, const std::vector<int64_t>& s
     const bool is_last = t + 1 == sizes.size();
     end += is_last ? sizes[t] : (sizes[t] + 15) / 16 * 16;
     if (p != Pass::descend) work.params.push_back(block(sizes[t], width, t % 5));
-    if (p != Pass::interpolate) work.grads.push_back(block(sizes[t], width, t % 3));
+    if (p != Pass::interpolate && p != Pass::keep) work.grads.push_back(block(sizes[t], width, t % 3));
     counts.elements += sizes[t];
   }
   const auto buffer = [&] { return block(end, sizeof(T)); };
   work.rows = rows.data(), work.count = int64_t(rows.size()), work.dtype = variant.dtype;
   if (rounds && p != Pass::descend && p != Pass::descend_interpolate) work.perturbed = buffer();
   if (p == Pass::reduce_sq_norm && !apart) work.perturbed = nullptr;  // evaluation 0
-  if ((p == Pass::ascend && apart) || p >= Pass::descend_interpolate) work.slow = buffer();
+  if (p == Pass::keep || (p == Pass::ascend && apart) || p >= Pass::descend_interpolate) work.slow = buffer();
   const bool keeps = p == Pass::descend || p == Pass::descend_ascend;
   if (keeps && !(variant.derives && apart)) work.fast = buffer();
   if (descends) work.fast_from = work.fast && !apart ? work.fast : buffer();
@@ -163,14 +163,14 @@ void all_sizes(Find find, const Variant& variant, Counts& counts) {
 void all_variants(Find find, Counts& counts) {
   using R = Rule;
   const R descents[] = {R::none, R::sgd, R::sgd_momentum, R::adam, R::adam_amsgrad}, no_descent[] = {R::none};
-  for (Pass pass : {Pass::reduce_sq_norm, Pass::ascend, Pass::descend, Pass::descend_ascend, Pass::descend_interpolate,
-                    Pass::descend_align, Pass::interpolate}) {
+  for (Pass pass : {Pass::reduce_sq_norm, Pass::keep, Pass::ascend, Pass::descend, Pass::descend_ascend,
+                    Pass::descend_interpolate, Pass::descend_align, Pass::interpolate}) {
     const bool descends = pass >= Pass::descend && pass != Pass::interpolate;
     for (const R* rule = descends ? std::begin(descents) : std::begin(no_descent);
          rule != (descends ? std::end(descents) : std::end(no_descent)); ++rule)
       for (Dtype dtype : {Dtype::f64, Dtype::f32, Dtype::bf16, Dtype::f16})
         for (bool adapts : {false, true}) {
-          if (adapts && pass > Pass::ascend && pass != Pass::descend_ascend) continue;
+          if (adapts && (pass == Pass::keep || (pass > Pass::ascend && pass != Pass::descend_ascend))) continue;
           for (bool derives : {false, true}) {
             if (derives && (!descends || *rule == R::none || *rule == R::sgd)) continue;
             const Variant variant{pass, dtype, *rule, adapts, derives};

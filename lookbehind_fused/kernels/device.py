@@ -51,6 +51,8 @@ class Plan:
         self.tensor_sums = torch.empty(3 * count, dtype=torch.float64, device=self.device)
         self.counters = torch.zeros(1 + count, dtype=torch.int32, device=self.device)
         self.sizes = table[:, 2].tolist()
+        self.steps: Tensor | None = None
+        self.captured: list[Tensor] = []
         self.version: int | None = None
         self.addresses: list[int] = []
 
@@ -88,9 +90,18 @@ class Plan:
             self.addresses = addresses
         return grads
 
+    def copy_of(self, steps: Tensor) -> Tensor:
+        """The same numbers in memory of the plan's own, which a captured graph finds again."""
+        if self.steps is None or self.steps.shape != steps.shape:
+            self.steps = torch.empty_like(steps)
+        return self.steps.copy_(steps)
+
     def _upload(self, values: Tensor, to: Tensor) -> None:
         # A pinned block of its own each time: the allocator does not hand it out again before the copy is done.
-        to.copy_(values.pin_memory() if to.is_cuda else values, non_blocking=True)
+        values = values.pin_memory() if to.is_cuda else values
+        to.copy_(values, non_blocking=True)
+        if to.is_cuda and torch.cuda.is_current_stream_capturing():
+            self.captured.append(values)  # every replay of the graph reads it again
 
 
 PLANS: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # by ``table``
@@ -149,7 +160,7 @@ class Passes:
     ) -> None:
         if params:
             call = self._call(params, grads, table)
-            descent = _descent(state, state_from, steps, steps_from, sq_norms, hyper, rule, flags)
+            descent = _descent(call.plan, state, state_from, steps, steps_from, sq_norms, hyper, rule, flags)
             call.launch("descend", fast=fast, fast_from=_from(fast_from, fast), **descent)
 
     def descend_ascend(
@@ -161,7 +172,7 @@ class Passes:
         call = self._call(params, grads, table)
         if row >= 0:
             _reduce(call, perturbed, hyper, flags, sq_norms, row)
-        descent = _descent(state, state_from, steps, steps_from, sq_norms, hyper, rule, flags)
+        descent = _descent(call.plan, state, state_from, steps, steps_from, sq_norms, hyper, rule, flags)
         call.launch("descend_ascend", perturbed=perturbed, fast=fast, fast_from=_from(fast_from, fast), **descent)
 
     def descend_interpolate(
@@ -169,7 +180,7 @@ class Passes:
     ) -> None:
         if params:
             call = self._call(params, grads, table)
-            descent = _descent(state, state_from, steps, steps_from, sq_norms, hyper, rule, flags)
+            descent = _descent(call.plan, state, state_from, steps, steps_from, sq_norms, hyper, rule, flags)
             call.launch("descend_interpolate", **_origin(slow, fast, flags), **descent)
 
     def descend_align(
@@ -181,7 +192,7 @@ class Passes:
                 sums.zero_()
             return
         call = self._call(params, grads, table)
-        descent = _descent(state, state_from, steps, steps_from, sq_norms, hyper, rule, flags)
+        descent = _descent(call.plan, state, state_from, steps, steps_from, sq_norms, hyper, rule, flags)
         call.launch("descend_align", sums, perturbed=perturbed, **_origin(slow, fast, flags), first=first, **descent)
 
     def interpolate(self, params, perturbed, slow, table, sums, flags) -> None:
@@ -208,12 +219,14 @@ def _norms(sq_norms: Tensor | None) -> dict[str, Any]:
     return {"sq_norms": sq_norms, "buckets": 0 if sq_norms is None else sq_norms.size(0)}
 
 
-def _descent(state, state_from, steps, steps_from, sq_norms, hyper, rule, flags) -> dict[str, Any]:
+def _descent(plan, state, state_from, steps, steps_from, sq_norms, hyper, rule, flags) -> dict[str, Any]:
     """What every kernel that descends is given."""
     if (rule, len(state)) not in RULES:
         raise RuntimeError(f"rule, state: expected one of {[*RULES]}, got {rule!r} with {len(state)} buffers")
+    if flags & Flag.SKIPS and sq_norms is None:
+        raise RuntimeError("sq_norms: expected a tensor where non-finite gradients are skipped, got None")
     if steps_from is None:  # all programs of a tensor read what one of them writes
-        steps_from = steps.clone()
+        steps_from = plan.copy_of(steps)
     state_from = state_from or state
     return {
         **{f"s{i}": state[i] if i < len(state) else None for i in range(3)},

@@ -22,7 +22,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from .schema import ADDRESS, Flag
+from .schema import ADDRESS, UNSCALE, Flag
 
 NORM_EPSILON = 1e-16  # added to the norm that an ascent divides by
 CLIP_EPSILON = 1e-6  # added to the norm that clipping divides by, as torch.nn.utils.clip_grad_norm_ does
@@ -282,12 +282,14 @@ class _Descent:
     """``base_optimizer(fast, g)`` for one tensor after another, with its state read and written."""
 
     def __init__(self, state, state_from, steps, steps_from, sq_norms, hyper, rule, flags) -> None:
-        _, _, _, max_grad_norm, *self.hyper = hyper.tolist()
+        _, _, _, max_grad_norm, unscale, *self.hyper = hyper.tolist()
+        most = None if sq_norms is None or math.isinf(max_grad_norm) else max_grad_norm
         self.rule, self.flags = RULES[rule], flags
         self.derive = BY_STATE[rule] if flags & Flag.DERIVES else None
         self.state, self.state_from = state, state_from or state
         self.steps, self.steps_from = steps, _other(steps_from, steps)
-        self.clip = None if sq_norms is None else clip_coefficient(sq_norms, max_grad_norm)
+        self.scale = gradient_scale(sq_norms, most, None if unscale == 1 else hyper[UNSCALE])
+        self.moves = finite(sq_norms) if flags & Flag.SKIPS else None
 
     def __call__(self, fast: Tensor, param: Tensor, grad: Tensor | None, row: int, span: slice):
         """The fast weights before and after."""
@@ -298,9 +300,14 @@ class _Descent:
         if grad is None:
             moved, new = fast, old
         else:
-            g = _gradient(grad, param) if self.clip is None else _gradient(grad, param) * self.clip
-            step = step + 1
-            moved, new = self.rule(fast, g, old, int(step), self.hyper, self.flags)
+            g = _gradient(grad, param) if self.scale is None else _gradient(grad, param) * self.scale
+            moved, new = self.rule(fast, g, old, int(step) + 1, self.hyper, self.flags)
+            if self.moves is None:
+                step = step + 1
+            else:
+                step = step + self.moves.to(step.device)
+                moved = torch.where(self.moves, moved, fast)
+                new = [torch.where(self.moves, *pair) for pair in zip(new, old, strict=True)]
         for buffer, value in zip(self.state, new, strict=True):
             buffer[span].copy_(value)
         self.steps[row] = step
@@ -315,11 +322,22 @@ def total_norm(sq_norms: Tensor, column: int = 0) -> Tensor:
     return sq_norms[:, column].sum().sqrt()
 
 
-def clip_coefficient(sq_norms: Tensor, max_grad_norm: float) -> Tensor | None:
-    """``min(1, max_grad_norm / (||g|| + 1e-6))``, 0-dim float64; None where nothing is clipped."""
-    if math.isinf(max_grad_norm):
-        return None
-    return (max_grad_norm / (total_norm(sq_norms, 1) + CLIP_EPSILON)).clamp(max=1.0)
+def gradient_scale(sq_norms: Tensor | None, max_grad_norm: float | None, unscale: Tensor | None) -> Tensor | None:
+    """``unscale * min(1, max_grad_norm / (||unscale * g|| + 1e-6))``, 0-dim float64, what a descent multiplies its
+    gradient by; None for 1. Nothing is clipped where ``max_grad_norm`` is None, which needs no ``sq_norms``.
+    """
+    if max_grad_norm is None:
+        return unscale
+    norm = total_norm(sq_norms, 1)
+    if unscale is None:
+        return (max_grad_norm / (norm + CLIP_EPSILON)).clamp(max=1.0)
+    unscale = unscale.to(norm.device)
+    return unscale * (max_grad_norm / (unscale.abs() * norm + CLIP_EPSILON)).clamp(max=1.0)
+
+
+def finite(sq_norms: Tensor) -> Tensor:
+    """Whether ||T g|| and ||g|| over all buckets are finite: shape (..., buckets, 2) to bool of shape (...)."""
+    return sq_norms.sum(-2).isfinite().all(-1)
 
 
 def alignment(a: Tensor, b: Tensor) -> Tensor:
@@ -353,7 +371,8 @@ def _ascended(weights: Tensor, g: Tensor, sq_norms: Tensor, hyper: Tensor, flags
     rho, eta, *_ = hyper.tolist()
     if flags & Flag.ADAPTIVE:
         g = _scaling(weights, eta).square() * g
-    return weights + g * (rho / (total_norm(sq_norms) + NORM_EPSILON))
+    ascended = weights + g * (rho / (total_norm(sq_norms) + NORM_EPSILON))
+    return torch.where(finite(sq_norms), ascended, weights) if flags & Flag.SKIPS else ascended
 
 
 # ---- tensors ---------------------------------------------------------------------------------------------------------

@@ -31,7 +31,9 @@ Arguments that recur:
     float64 of shape (rows, 3): <a, b>, <a, a>, <b, b> of the displacements a = fast_1 - slow and b = fast_k - slow. One
     row a tensor under ``Flag.PER_TENSOR``, else one row a bucket.
 ``hyper``
-    float64, 1-D, in host memory: rho, eta, alpha, max_grad_norm, then the rule's own, in the order of ``base.RULES``.
+    float64, 1-D, in host memory for backends that read it there: rho, eta, alpha, max_grad_norm, unscale, then the
+    rule's own, in the order of ``lookbehind_fused.base``. A descent multiplies its gradient by ``unscale`` and, where
+    it is given ``sq_norms``, clips the result to ``max_grad_norm``; an ascent is free of the gradient's scale.
 ``rule``, ``flags``
     Name of the update rule, and a sum of ``Flag``.
 """
@@ -45,6 +47,7 @@ import torch
 from torch import Tensor
 
 ADDRESS = 3  # the column of ``table`` that holds addresses; sizes and strides follow
+UNSCALE = 4  # where ``hyper`` has the factor of a descent's gradient; the rule's own numbers follow
 
 
 class Flag(IntFlag):
@@ -57,6 +60,7 @@ class Flag(IntFlag):
     AMSGRAD = 16
     DECOUPLED = 32  # weight decay as in AdamW
     DERIVES = 64  # inner step 2: the fast weights are not read but derived from the slow ones and the state
+    SKIPS = 128  # where ``sq_norms`` are not finite, nothing moves: weights, state and steps pass through
 
 
 _STATE = "Tensor(s!)[] state, Tensor[] state_from, Tensor(n!) steps, Tensor? steps_from, Tensor table"

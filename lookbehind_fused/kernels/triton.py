@@ -55,6 +55,7 @@ def _launch(name: str, plan: device.Plan, dtype: torch.dtype, arguments: dict[st
         "T": tl.float64 if dtype == torch.float64 else tl.float32,
         "RULE": arguments.get("rule"),
         "ADAPTS": bool(flags & Flag.ADAPTIVE),
+        "SKIPS": bool(flags & Flag.SKIPS),
         "DERIVES": bool(flags & Flag.DERIVES),
         "CLIPS": arguments.get("sq_norms") is not None,
         "PER_TENSOR": bool(flags & Flag.PER_TENSOR),

@@ -31,7 +31,7 @@ NORM_EPSILON = tl.constexpr(1e-16)
 CLIP_EPSILON = tl.constexpr(1e-6)
 
 # Where the numbers of a pass stand in ``hyper``.
-RHO, ETA, ALPHA, MAX_GRAD_NORM, OF_RULE = (tl.constexpr(n) for n in range(5))
+RHO, ETA, ALPHA, MAX_GRAD_NORM, UNSCALE, OF_RULE = (tl.constexpr(n) for n in range(6))
 
 
 COUNTS = ("buckets", "flags", "tensors")  # another value compiles nothing
@@ -122,13 +122,24 @@ def _ascent_factor(sq_norms, buckets, hyper):
 
 @triton.jit
 def _gradient_scale(sq_norms, buckets, hyper, flags, CLIPS: tl.constexpr):
-    """Clipping, and the sign of a gradient that is to be climbed."""
-    scale = tl.where((flags & MAXIMIZE) != 0, -1.0, 1.0).to(tl.float64)
+    """Unscaling, clipping, and the sign of a gradient that is to be climbed."""
+    unscale = tl.load(hyper + UNSCALE)
+    scale = tl.where((flags & MAXIMIZE) != 0, -unscale, unscale)
     if CLIPS:
         most = tl.load(hyper + MAX_GRAD_NORM)
-        clip = most / (_total_norm(sq_norms, buckets, 1) + CLIP_EPSILON)
+        clip = most / (tl.abs(unscale) * _total_norm(sq_norms, buckets, 1) + CLIP_EPSILON)
         scale *= tl.where((clip > 1.0) | (most == float("inf")), 1.0, clip)  # NaN stays NaN
     return scale
+
+
+@triton.jit
+def _moves(sq_norms, buckets, SKIPS: tl.constexpr):
+    """Whether an evaluation moves anything: where it may be skipped, only if ||T g|| and ||g|| are finite."""
+    if SKIPS:
+        scaled, plain = _total_norm(sq_norms, buckets, 0), _total_norm(sq_norms, buckets, 1)
+        return (scaled < float("inf")) & (plain < float("inf"))  # NaN is not
+    else:
+        return True
 
 
 @triton.jit
@@ -345,8 +356,8 @@ def reduce_sq_norm(
 
 @triton.jit
 def _ascend(
-    address, gradient, perturbed, slow, begin, start, from_, to, factor, eta, P: tl.constexpr, T: tl.constexpr,
-    ADAPTS: tl.constexpr, WHOLE: tl.constexpr,
+    address, gradient, perturbed, slow, begin, start, from_, to, factor, eta, moves, P: tl.constexpr, T: tl.constexpr,
+    ADAPTS: tl.constexpr, SKIPS: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     SIZE: tl.constexpr = BLOCK if WHOLE else THREADS
     for offset in range(from_, to, SIZE):
@@ -359,31 +370,36 @@ def _ascend(
             w = _read(_of_buffer(perturbed, start + at, WHOLE), here, T, WHOLE)
         if slow is not None:
             _write(_of_buffer(slow, start + at, WHOLE), w, here, WHOLE)
-        w = _ascended(w, g, factor, eta, ADAPTS)
+        x = _ascended(w, g, factor, eta, ADAPTS)
+        if SKIPS:
+            x = tl.where(moves, x, w)
         if perturbed is not None:
-            _write(_of_buffer(perturbed, start + at, WHOLE), w, here, WHOLE)
-        _write(params, w, here, WHOLE)
+            _write(_of_buffer(perturbed, start + at, WHOLE), x, here, WHOLE)
+        _write(params, x, here, WHOLE)
 
 
 @triton.jit(do_not_specialize=COUNTS)
 def ascend(
     rows, chunks, grads, perturbed, slow, sq_norms, buckets, hyper, P: tl.constexpr, T: tl.constexpr,
-    ADAPTS: tl.constexpr,
+    ADAPTS: tl.constexpr, SKIPS: tl.constexpr,
 ):  # fmt: skip
     """Move the perturbed weights; where there is ``slow``, keep the weights there first."""
     tensor, row, _, begin, start, size = _place(rows, chunks)
     address, gradient = tl.load(row + 3), tl.load(grads + tensor)
     factor, eta = _ascent_factor(sq_norms, buckets, hyper).to(T), tl.load(hyper + ETA).to(T)
+    moves = _moves(sq_norms, buckets, SKIPS)
     split, count = _extent(begin, size, address, gradient)
-    _ascend(address, gradient, perturbed, slow, begin, start, 0, split, factor, eta, P, T, ADAPTS, True)
-    _ascend(address, gradient, perturbed, slow, begin, start, split, count, factor, eta, P, T, ADAPTS, False)
+    _ascend(address, gradient, perturbed, slow, begin, start, 0, split, factor, eta, moves, P, T, ADAPTS, SKIPS, True)
+    _ascend(
+        address, gradient, perturbed, slow, begin, start, split, count, factor, eta, moves, P, T, ADAPTS, SKIPS, False
+    )
 
 
 @triton.jit
 def _descend_blocks(
     address, gradient, perturbed, slow, fast, fast_from, first, state, state_from, constants, begin, start, from_, to,
-    scale, factor, eta, alpha, P: tl.constexpr, T: tl.constexpr, RULE: tl.constexpr, ADAPTS: tl.constexpr,
-    DERIVES: tl.constexpr, ASCENDS: tl.constexpr, INTERPOLATES: tl.constexpr, ALIGNS: tl.constexpr,
+    scale, factor, eta, alpha, moves, P: tl.constexpr, T: tl.constexpr, RULE: tl.constexpr, ADAPTS: tl.constexpr,
+    SKIPS: tl.constexpr, DERIVES: tl.constexpr, ASCENDS: tl.constexpr, INTERPOLATES: tl.constexpr, ALIGNS: tl.constexpr,
     WHOLE: tl.constexpr,
 ):  # fmt: skip
     SIZE: tl.constexpr = BLOCK if WHOLE else THREADS
@@ -406,7 +422,11 @@ def _descend_blocks(
         before = given
         if DERIVES:
             before = _derived(given, m0, m1, m2, constants, RULE)
-        w, m0, m1, m2 = _updated(before, g * scale, m0, m1, m2, constants, RULE)
+        o0, o1, o2 = m0, m1, m2
+        w, m0, m1, m2 = _updated(before, g * scale, o0, o1, o2, constants, RULE)
+        if SKIPS:
+            w = tl.where(moves, w, before)
+            m0, m1, m2 = tl.where(moves, m0, o0), tl.where(moves, m1, o1), tl.where(moves, m2, o2)
         if s0 is not None:
             _write(_of_buffer(s0, at, WHOLE), m0, here, WHOLE)
         if s1 is not None:
@@ -420,7 +440,8 @@ def _descend_blocks(
                 x = _read(params, here, T, WHOLE)
             else:
                 x = _read(_of_buffer(perturbed, at, WHOLE), here, T, WHOLE)
-            x = _ascended(x, g, factor, eta, ADAPTS)
+            ascended = _ascended(x, g, factor, eta, ADAPTS)
+            x = tl.where(moves, ascended, x) if SKIPS else ascended
             if perturbed is not None:
                 _write(_of_buffer(perturbed, at, WHOLE), x, here, WHOLE)
             _write(params, x, here, WHOLE)
@@ -453,7 +474,7 @@ def _descend_blocks(
 def _descend(
     rows, chunks, grads, perturbed, slow, fast, fast_from, first, state, state_from, steps, steps_from, sq_norms,
     buckets, hyper, flags, P: tl.constexpr, T: tl.constexpr, RULE: tl.constexpr, ADAPTS: tl.constexpr,
-    DERIVES: tl.constexpr, CLIPS: tl.constexpr, ASCENDS: tl.constexpr, INTERPOLATES: tl.constexpr,
+    SKIPS: tl.constexpr, DERIVES: tl.constexpr, CLIPS: tl.constexpr, ASCENDS: tl.constexpr, INTERPOLATES: tl.constexpr,
     ALIGNS: tl.constexpr,
 ):  # fmt: skip
     """What the four passes that descend have in common. Returns a chunk's sums, and where it is.
@@ -462,9 +483,10 @@ def _descend(
     """
     tensor, row, number, begin, start, size = _place(rows, chunks)
     address, gradient, of_tensor = tl.load(row + 3), tl.load(grads + tensor), tl.load(row)
+    moves = _moves(sq_norms, buckets, SKIPS)
     step = tl.load(steps_from + of_tensor) + 1.0
     if number == 0:
-        tl.store(steps + of_tensor, step)
+        tl.store(steps + of_tensor, tl.where(moves, step, step - 1.0) if SKIPS else step)
     constants = _constants(step.to(tl.int32), hyper, flags, T, RULE, DERIVES)
     scale = _gradient_scale(sq_norms, buckets, hyper, flags, CLIPS).to(T)
     factor, eta, alpha = scale, tl.load(hyper + ETA).to(T), tl.load(hyper + ALPHA).to(T)
@@ -473,11 +495,13 @@ def _descend(
     split, count = _extent(begin, size, address, gradient)
     ab, aa, bb = _descend_blocks(
         address, gradient, perturbed, slow, fast, fast_from, first, state, state_from, constants, begin, start, 0,
-        split, scale, factor, eta, alpha, P, T, RULE, ADAPTS, DERIVES, ASCENDS, INTERPOLATES, ALIGNS, True,
+        split, scale, factor, eta, alpha, moves, P, T, RULE, ADAPTS, SKIPS, DERIVES, ASCENDS, INTERPOLATES, ALIGNS,
+        True,
     )  # fmt: skip
     more_ab, more_aa, more_bb = _descend_blocks(
         address, gradient, perturbed, slow, fast, fast_from, first, state, state_from, constants, begin, start, split,
-        count, scale, factor, eta, alpha, P, T, RULE, ADAPTS, DERIVES, ASCENDS, INTERPOLATES, ALIGNS, False,
+        count, scale, factor, eta, alpha, moves, P, T, RULE, ADAPTS, SKIPS, DERIVES, ASCENDS, INTERPOLATES, ALIGNS,
+        False,
     )  # fmt: skip
     return ab + more_ab, aa + more_aa, bb + more_bb, tensor, row, number, size
 
@@ -485,36 +509,39 @@ def _descend(
 @triton.jit(do_not_specialize=COUNTS)
 def descend(
     rows, chunks, grads, fast, fast_from, s0, s1, s2, f0, f1, f2, steps, steps_from, sq_norms, buckets, hyper, flags,
-    P: tl.constexpr, T: tl.constexpr, RULE: tl.constexpr, DERIVES: tl.constexpr, CLIPS: tl.constexpr,
+    P: tl.constexpr, T: tl.constexpr, RULE: tl.constexpr, SKIPS: tl.constexpr, DERIVES: tl.constexpr,
+    CLIPS: tl.constexpr,
 ):  # fmt: skip
     """Move the fast weights."""
     _descend(
         rows, chunks, grads, None, None, fast, fast_from, None, (s0, s1, s2), (f0, f1, f2), steps, steps_from,
-        sq_norms, buckets, hyper, flags, P, T, RULE, False, DERIVES, CLIPS, False, False, False,
+        sq_norms, buckets, hyper, flags, P, T, RULE, False, SKIPS, DERIVES, CLIPS, False, False, False,
     )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=COUNTS)
 def descend_ascend(
     rows, chunks, grads, perturbed, fast, fast_from, s0, s1, s2, f0, f1, f2, steps, steps_from, sq_norms, buckets,
-    hyper, flags, P: tl.constexpr, T: tl.constexpr, RULE: tl.constexpr, ADAPTS: tl.constexpr, DERIVES: tl.constexpr,
+    hyper, flags, P: tl.constexpr, T: tl.constexpr, RULE: tl.constexpr, ADAPTS: tl.constexpr, SKIPS: tl.constexpr,
+    DERIVES: tl.constexpr,
 ):  # fmt: skip
     """Move the fast weights, then the perturbed ones."""
     _descend(
         rows, chunks, grads, perturbed, None, fast, fast_from, None, (s0, s1, s2), (f0, f1, f2), steps, steps_from,
-        sq_norms, buckets, hyper, flags, P, T, RULE, ADAPTS, DERIVES, True, True, False, False,
+        sq_norms, buckets, hyper, flags, P, T, RULE, ADAPTS, SKIPS, DERIVES, True, True, False, False,
     )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=COUNTS)
 def descend_interpolate(
     rows, chunks, grads, slow, fast_from, s0, s1, s2, f0, f1, f2, steps, steps_from, sq_norms, buckets, hyper, flags,
-    P: tl.constexpr, T: tl.constexpr, RULE: tl.constexpr, DERIVES: tl.constexpr, CLIPS: tl.constexpr,
+    P: tl.constexpr, T: tl.constexpr, RULE: tl.constexpr, SKIPS: tl.constexpr, DERIVES: tl.constexpr,
+    CLIPS: tl.constexpr,
 ):  # fmt: skip
     """The last descent, and the new weights between slow and fast."""
     _descend(
         rows, chunks, grads, None, slow, None, fast_from, None, (s0, s1, s2), (f0, f1, f2), steps, steps_from,
-        sq_norms, buckets, hyper, flags, P, T, RULE, False, DERIVES, CLIPS, False, True, False,
+        sq_norms, buckets, hyper, flags, P, T, RULE, False, SKIPS, DERIVES, CLIPS, False, True, False,
     )  # fmt: skip
 
 
@@ -522,12 +549,12 @@ def descend_interpolate(
 def descend_align(
     rows, chunks, grads, perturbed, slow, fast_from, first, s0, s1, s2, f0, f1, f2, steps, steps_from, sq_norms,
     buckets, hyper, flags, partials, tensor_sums, counters, tensors, out, P: tl.constexpr, T: tl.constexpr,
-    RULE: tl.constexpr, DERIVES: tl.constexpr, CLIPS: tl.constexpr, PER_TENSOR: tl.constexpr,
+    RULE: tl.constexpr, SKIPS: tl.constexpr, DERIVES: tl.constexpr, CLIPS: tl.constexpr, PER_TENSOR: tl.constexpr,
 ):  # fmt: skip
     """The last descent, which leaves fast_k where the perturbed weights were, and the sums that alpha* is made of."""
     ab, aa, bb, tensor, row, number, size = _descend(
         rows, chunks, grads, perturbed, slow, None, fast_from, first, (s0, s1, s2), (f0, f1, f2), steps, steps_from,
-        sq_norms, buckets, hyper, flags, P, T, RULE, False, DERIVES, CLIPS, False, False, True,
+        sq_norms, buckets, hyper, flags, P, T, RULE, False, SKIPS, DERIVES, CLIPS, False, False, True,
     )  # fmt: skip
     _add_up(ab, aa, bb, tensor, row, number, size, partials, tensor_sums, counters, tensors, out, PER_TENSOR, 3)
 
