@@ -67,12 +67,12 @@ def checked_settings(
 
 
 def check_grad_scale(value: Any) -> None:
-    """Refuse anything but None, a finite number > 0, and a floating tensor of one element, whose value is not read."""
-    expected = "None, a finite number > 0 or a floating tensor of one element"
+    """Refuse anything but a finite number > 0 and a floating tensor of one element, whose value is not read."""
+    expected = "a finite number > 0 or a floating tensor of one element"
     if isinstance(value, Tensor):
         if value.numel() != 1 or not value.is_floating_point():
             raise ValueError(f"grad_scale: expected {expected}, got {describe(*layout(value)[:3])}")
-    elif value is not None and not (_is_number(value) and 0 < value < math.inf):
+    elif not (_is_number(value) and 0 < value < math.inf):
         raise _wrong("grad_scale", expected, value, (numbers.Real,))
 
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from numbers import Real
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -199,7 +198,7 @@ class Bucket:
             f"{describe(*now[:3])}; build a new optimizer for the changed model"
         )
 
-    def open(self, settings: Settings, grad_scale: float | Tensor | None, state_changed: bool, moved: bool) -> None:
+    def open(self, settings: Settings, grad_scale: float | Tensor, state_changed: bool, moved: bool) -> None:
         """Begin an outer step: take over the base's state and the group's settings as they are now.
 
         Args:
@@ -250,15 +249,15 @@ class Bucket:
             if name == "fast" and own_step:
                 self.stand_ins = [self.view("fast", row) for row in range(len(self.params))]
 
-    def _read_group(self, settings: Settings, grad_scale: float | Tensor | None) -> None:
+    def _read_group(self, settings: Settings, grad_scale: float | Tensor) -> None:
         """Bring ``hyper`` and ``flags`` up to date."""
         scaled_on_device = isinstance(grad_scale, Tensor)
         self._read_numbers(settings, "on device" if scaled_on_device else grad_scale)
-        self.unscale = None if grad_scale is None else self.hyper[UNSCALE]
+        self.unscale = self.hyper[UNSCALE] if scaled_on_device or grad_scale != 1 else None
         if scaled_on_device:
             self.unscale.copy_(grad_scale.detach().view(()).double().reciprocal(), non_blocking=True)
 
-    def _read_numbers(self, settings: Settings, grad_scale: float | str | None) -> None:
+    def _read_numbers(self, settings: Settings, grad_scale: float | str) -> None:
         group = self.group
         values = (
             *(group["rho"], group["eta"], settings.static_alpha, settings.max_grad_norm, *self.rule.hyper(group)),
@@ -268,7 +267,7 @@ class Bucket:
             return
         check_group(group, self.group_name)
         clip = float("inf") if settings.max_grad_norm is None else settings.max_grad_norm
-        unscale = 1 / grad_scale if isinstance(grad_scale, Real) else 1.0
+        unscale = 1.0 if isinstance(grad_scale, str) else 1 / grad_scale
         hyper = (group["rho"], group["eta"], settings.static_alpha, clip, unscale, *self.rule.hyper(group))
         values_now = torch.tensor([float(value) for value in hyper], dtype=torch.float64)
         self.hyper.copy_(values_now.pin_memory() if self.hyper.is_cuda else values_now, non_blocking=True)

@@ -91,9 +91,9 @@ class Lookbehind(Optimizer):
             ascent of that evaluation move nothing, neither weights nor state; ``diagnostics["skipped"]`` counts them.
             It is decided where the tensors are, without a wait (but for base optimizers that run their own step), and
             costs a pass over the gradients at evaluation k and a buffer of fast weights for k = 2.
-        grad_scale: what the loss was multiplied by before backward: a number > 0, or a tensor of one element, such as
-            ``scaler.scale(torch.ones((), device=...))`` of a ``GradScaler``, which is not waited for. The descent and
-            ``max_grad_norm`` see the gradient divided by it; the ascent is free of it. None for 1.
+        grad_scale: what the loss was multiplied by before backward: a number > 0, or a tensor of one element, which is
+            read where it is, at the start of a step. The descent and ``max_grad_norm`` see the gradient divided by it;
+            the ascent is free of it.
         backend: ``"auto"`` (the fastest that there is for the device), ``"native"`` (C++, for CPUs), ``"triton"`` (for
             GPUs) or ``"reference"`` (plain PyTorch).
         **base_kwargs: arguments of the class ``base_optimizer``.
@@ -120,7 +120,7 @@ class Lookbehind(Optimizer):
         reuse_gradient: bool = True,
         max_grad_norm: float | None = None,
         nonfinite: str = "propagate",
-        grad_scale: float | Tensor | None = None,
+        grad_scale: float | Tensor = 1.0,
         backend: str = "auto",
         **base_kwargs: Any,
     ) -> None:
@@ -152,6 +152,9 @@ class Lookbehind(Optimizer):
                 "backend": backend,
             }
         )
+
+    # GradScaler then says so when it calls step(), which raises: unscaled behind our back the gradients would be wrong.
+    _step_supports_amp_scaling = True
 
     # ---- one optimizer with its base ----
 
@@ -209,6 +212,12 @@ class Lookbehind(Optimizer):
 
         Whatever is raised, by the closure or here, the weights and the base optimizer's state are as they were before.
         """
+        if self.__dict__.pop("found_inf", None) is not None:
+            self.grad_scale = 1.0  # GradScaler has written its own into it
+            raise RuntimeError(
+                "GradScaler.step(): expected step(closure), since a scaler looks for non-finite gradients before the "
+                'closure computes them; set grad_scale and nonfinite="skip", and scale the loss in the closure'
+            )
         if not callable(closure):
             raise TypeError(
                 "closure: expected a function that runs forward and backward and returns the loss, since a step takes "
@@ -518,8 +527,7 @@ class Lookbehind(Optimizer):
             self._tensors = Seen(tensors, self.param_groups, self._buckets)
 
     def _read_settings(self) -> Settings:
-        if self.grad_scale is not None:
-            check_grad_scale(self.grad_scale)
+        check_grad_scale(self.grad_scale)
         now = (self.k, self.alpha, self.alpha_scope, self.max_grad_norm, self.nonfinite)
         return self._settings if now == self._settings else checked_settings(*now)
 

@@ -223,7 +223,7 @@ class Duel:
             "reuse": options.get("reuse_gradient", True),
             "max_grad_norm": options.get("max_grad_norm"),
             "nonfinite": options.get("nonfinite", "propagate"),
-            "grad_scale": float(options.get("grad_scale") or 1.0),
+            "grad_scale": float(options.get("grad_scale", 1.0)),
             "arithmetic": arithmetic,
         }
         for name, default in {"rho": 0.05, "adaptive": False, "eta": 0.01}.items():

@@ -72,7 +72,7 @@ BAD_ARGUMENTS = [
     *[("alpha_scope", value, "global.*tensor") for value in ("layer", "", None, 1)],
     *[("backend", value, "reference") for value in ("fast", "Native", "metal", "cuda", "", None, 1)],
     *[("nonfinite", value, r'"propagate" or "skip"') for value in ("ignore", None, True)],
-    *[("grad_scale", value, "None, a finite number > 0") for value in (0, -2.0, math.nan, math.inf, "a", True)],
+    *[("grad_scale", value, "a finite number > 0") for value in (0, -2.0, math.nan, math.inf, "a", True, None)],
     *[("max_grad_norm", value, r"> 0|positive|above 0") for value in (0, -1, math.nan, math.inf, "a")],
     *[("reuse_gradient", value, "bool|True|False") for value in (2, "yes", None)],
 ]
@@ -113,8 +113,28 @@ def test_a_grad_scale_of_another_kind(backend, value):
     with pytest.raises(ValueError, match=expected):
         outer_step(opt, problem)
     assert_same_state(problem.values(), before)
-    opt.grad_scale = None
+    opt.grad_scale = 1.0
     outer_step(opt, problem)
+
+
+@pytest.mark.filterwarnings("ignore:.*lr_scheduler")
+@pytest.mark.parametrize("stale", [False, True], ids=["no gradients", "gradients of the last step"])
+def test_a_grad_scaler_is_refused(backend, stale):
+    """Its step() with a closure would find nothing to look at, or the gradients of the step before."""
+    problem = Problem()
+    opt = Lookbehind(problem.params, torch.optim.SGD, lr=0.1, backend=backend)
+    if stale:
+        outer_step(opt, problem)
+    scaler = torch.amp.GradScaler("cpu")
+    scaler.scale(torch.ones(()))
+    before = problem.values()
+    with pytest.raises(RuntimeError, match=r"GradScaler\.step\(\): .*set grad_scale and nonfinite=\"skip\""):
+        scaler.step(opt, lambda: problem.closure())
+    assert_same_state(problem.values(), before)
+    assert opt.grad_scale == 1.0
+    outer_step(opt, problem)
+    disabled = torch.amp.GradScaler("cpu", enabled=False)
+    disabled.step(opt, problem.closure)
 
 
 @pytest.mark.parametrize(

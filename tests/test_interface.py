@@ -120,6 +120,7 @@ def test_is_an_optimizer_that_shares_groups_and_state_with_its_base(backend):
     assert (group["lr"], group["momentum"]) == (0.1, 0.9)
     assert (group["rho"], group["adaptive"], group["eta"]) == (0.05, False, 0.01)
     assert (opt.k, opt.alpha, opt.alpha_scope, opt.reuse_gradient, opt.max_grad_norm) == (2, 0.5, "global", True, None)
+    assert (opt.nonfinite, opt.grad_scale) == ("propagate", 1.0)
 
 
 def test_class_and_instance_give_the_same_trajectory(backend):

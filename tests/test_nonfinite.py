@@ -146,20 +146,20 @@ def test_a_scaled_loss_makes_no_difference(backend: str, rule: str, options: dic
         else:
             one.optimizer.grad_scale = now
         run(one, torch.float64, steps=1)
-    one.settings["grad_scale"], one.optimizer.grad_scale = 1.0, None
+    one.settings["grad_scale"] = one.optimizer.grad_scale = 1.0
     run(one, torch.float64, steps=1)
 
 
 def test_a_scaled_loss_for_a_base_of_its_own_step(backend: str) -> None:
-    def trained(scale: float | None) -> Tensor:
+    def trained(scale: float) -> Tensor:
         p = torch.linspace(-1, 1, 7).double().requires_grad_()
         options = {"k": 2, "rho": 0.1, "max_grad_norm": 0.3, "grad_scale": scale, "backend": backend}
         optimizer = Lookbehind([p], torch.optim.Adagrad, lr=0.01, **options)
         for _ in optimizer.evaluations():
-            p.grad = (p.detach() + 0.5) * (scale or 1.0)
+            p.grad = (p.detach() + 0.5) * scale
         return p.detach()
 
-    assert_close("weights", trained(512.0), trained(None), 1e-12)
+    assert_close("weights", trained(512.0), trained(1.0), 1e-12)
 
 
 def test_float16_gradients_that_overflow_are_skipped_until_the_scale_fits(backend: str) -> None:
