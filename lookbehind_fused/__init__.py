@@ -1,7 +1,8 @@
 """Lookbehind-SAM (Mordido et al., ICML 2024) as a torch optimizer, from k + 1 gradients a step."""
 
-from .buckets import Evaluation
+from .evaluations import Evaluation
+from .family import ASAM, SAM, MultistepSAM
 from .optimizer import Lookbehind
 
-__all__ = ["Evaluation", "Lookbehind"]
+__all__ = ["ASAM", "SAM", "Evaluation", "Lookbehind", "MultistepSAM"]
 __version__ = "0.1.0.dev0"

@@ -23,6 +23,12 @@ class Settings(NamedTuple):
     alpha_scope: str
     max_grad_norm: float | None
     nonfinite: str
+    descends_once: bool
+
+    @property
+    def descents(self) -> int:
+        """How often the base optimizer moves the fast weights."""
+        return 1 if self.descends_once else self.k
 
     @property
     def skips(self) -> bool:
@@ -35,8 +41,10 @@ class Settings(NamedTuple):
 
     @property
     def aligns(self) -> bool:
-        """Whether alpha is found from fast_1 and fast_k. With k = 1 they are the same, so alpha* = 1."""
-        return self.alpha == "adaptive" and self.k > 1
+        """Whether alpha is found from fast_1 and fast_k. With one descent they are the same, so
+        alpha* = 1.
+        """
+        return self.alpha == "adaptive" and self.descents > 1
 
     @property
     def static_alpha(self) -> float:
@@ -44,7 +52,7 @@ class Settings(NamedTuple):
 
 
 def checked_settings(
-    k: int, alpha: float | str, alpha_scope: str, max_grad_norm: float | None, nonfinite: str
+    k: int, alpha: float | str, alpha_scope: str, max_grad_norm: float | None, nonfinite: str, descends_once: bool
 ) -> Settings:
     """``Settings``, once every one of them is acceptable.
 
@@ -63,7 +71,7 @@ def checked_settings(
         raise _wrong("max_grad_norm", "None or a finite number > 0", max_grad_norm, (numbers.Real,))
     if nonfinite not in ("propagate", "skip"):
         raise _wrong("nonfinite", '"propagate" or "skip"', nonfinite, (str,))
-    return Settings(k, alpha, alpha_scope, max_grad_norm, nonfinite)
+    return Settings(k, alpha, alpha_scope, max_grad_norm, nonfinite, descends_once)
 
 
 def check_grad_scale(value: Any) -> None:

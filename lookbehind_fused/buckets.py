@@ -11,7 +11,6 @@ it, and only the last pass of the outer step writes the state itself. So a step 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import accumulate
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -22,36 +21,12 @@ from torch.optim import Optimizer
 
 from .arguments import Settings, check_group, describe, layout
 from .base import Rule
+from .evaluations import Evaluation
 from .kernels import Flag, reference
 from .kernels.schema import ADDRESS, UNSCALE, tensor_table
 
 ALIGNMENT = 64  # bytes
 STEP_BUFFERS = ("slow", "fast", "first", "perturbed")
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """One gradient evaluation of an outer step.
-
-    Attributes:
-        index: 0, 1, ... in the order of evaluation.
-        inner_step: 1 to k: the inner step whose minibatch is to be used, where the minibatch is switched.
-        descends: the base optimizer uses this gradient.
-        ascends: the next ascent uses this gradient.
-        perturbed: whether the model's weights are perturbed; at evaluation 0 they are the slow weights.
-        first, second, last, odd: whether the inner step is number 1, 2, k, an odd one (as booleans: an int that takes
-            several values in compiled code becomes a symbol there).
-    """
-
-    index: int
-    inner_step: int
-    descends: bool
-    ascends: bool
-    perturbed: bool
-    first: bool
-    second: bool
-    last: bool
-    odd: bool
 
 
 class Gathered(NamedTuple):
@@ -214,7 +189,7 @@ class Bucket:
         self._read_group(settings, grad_scale)
         names = self.rule.state(self.group)
         # fast_1 itself is needed once more for an adaptive alpha with k >= 3, and is slow where its update was skipped
-        derives = settings.k > 1 and not (settings.aligns and settings.k > 2) and not settings.skips
+        derives = settings.descents > 1 and not (settings.aligns and settings.descents > 2) and not settings.skips
         derives = derives and self.rule.derives(self.group)
         adopts = state_changed or names != self.state_names
         if adopts:
@@ -231,7 +206,7 @@ class Bucket:
 
     def _allocate(self, settings: Settings) -> None:
         """Have exactly the buffers that a step with these settings needs."""
-        k, own_step = settings.k, self.rule.name == "none"
+        k, own_step = settings.descents, self.rule.name == "none"
         needed = {"slow"}
         if k > 2 or own_step or (k == 2 and not self.derives):
             needed.add("fast")
@@ -414,7 +389,7 @@ class Bucket:
         for name in STEP_BUFFERS:
             if name in self.buffers:
                 self.view(name, row).copy_(self.params[row])
-        if self.settings.k > 1:
+        if self.settings.descents > 1:
             for name in self.state_names:
                 self.view(working(name), row).copy_(self.view(name, row))
             for working_steps in self.working_steps:

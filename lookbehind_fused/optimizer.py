@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
-from functools import lru_cache
 from itertools import chain
 from typing import Any
 
@@ -14,7 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT, _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
-from . import kernels
+from . import evaluations, kernels
 from .arguments import (
     Settings,
     check_bool,
@@ -25,7 +24,8 @@ from .arguments import (
     name_of,
 )
 from .base import GROUP_DEFAULTS, OwnStep, keep_when_loading, rule_of
-from .buckets import Bucket, Evaluation, Gathered, Scalars
+from .buckets import Bucket, Gathered, Scalars
+from .evaluations import Evaluation
 from .kernels.reference import adaptive_alpha, finite, total_norm
 
 # Attributes of an open step and of what is rebuilt when needed: neither copied nor pickled.
@@ -127,7 +127,7 @@ class Lookbehind(Optimizer):
         group_defaults = {"rho": rho, "adaptive": adaptive, "eta": eta}
         check_group(group_defaults)
         check_bool("reuse_gradient", reuse_gradient)
-        checked_settings(k, alpha, alpha_scope, max_grad_norm, nonfinite)
+        checked_settings(k, alpha, alpha_scope, max_grad_norm, nonfinite, self._descends_once)
         check_grad_scale(grad_scale)
         kernels.resolve(backend)
         base = _build_base(params, base_optimizer, base_kwargs)
@@ -152,6 +152,9 @@ class Lookbehind(Optimizer):
                 "backend": backend,
             }
         )
+
+    # Whether the base optimizer moves the fast weights at the last inner step alone, instead of at each.
+    _descends_once = False
 
     # GradScaler then says so when it calls step(), which raises: unscaled behind our back the gradients would be wrong.
     _step_supports_amp_scaling = True
@@ -303,7 +306,7 @@ class Lookbehind(Optimizer):
         """
         if self._remaining is None:
             self._run_pre_hooks()
-            self._begin(list(_plan(self.k, reuse_gradient=False)))
+            self._begin(list(self._plan(reuse_gradient=False)))
         self._half_step("ascent_step()", "descent_step()", ascends=True)
 
     def descent_step(self) -> None:
@@ -364,8 +367,12 @@ class Lookbehind(Optimizer):
 
     # ---- the loop ----
 
+    def _plan(self, reuse_gradient: bool) -> tuple[Evaluation, ...]:
+        """What one outer step evaluates."""
+        return evaluations.lookbehind(self.k, reuse_gradient)
+
     def _outer_step(self, apply: bool = True) -> Iterator[Evaluation]:
-        plan = _plan(self.k, self.reuse_gradient)
+        plan = self._plan(self.reuse_gradient)
         this_step: list[Evaluation] = []
         self._begin(this_step)
         try:
@@ -528,7 +535,7 @@ class Lookbehind(Optimizer):
 
     def _read_settings(self) -> Settings:
         check_grad_scale(self.grad_scale)
-        now = (self.k, self.alpha, self.alpha_scope, self.max_grad_norm, self.nonfinite)
+        now = (self.k, self.alpha, self.alpha_scope, self.max_grad_norm, self.nonfinite, self._descends_once)
         return self._settings if now == self._settings else checked_settings(*now)
 
     def _ids_of_state(self) -> list[int]:
@@ -709,30 +716,6 @@ class Seen:
             and [*map(Tensor.stride, tensors)] == self.strides
             and not any([p.requires_grad or p.grad is not None for p in self.others])
         )
-
-
-# ---- the order of evaluations ----------------------------------------------------------------------------------------
-
-
-@lru_cache
-def _plan(k: int, reuse_gradient: bool) -> tuple[Evaluation, ...]:
-    """The evaluations of one outer step. In the 2k form each inner step evaluates its gradient for the ascent again."""
-    uses = [(1, False, True)]  # inner step, descends, ascends
-    for i in range(1, k + 1):
-        uses.append((i, True, reuse_gradient and i < k))
-        if not reuse_gradient and i < k:
-            uses.append((i + 1, False, True))
-    return tuple(
-        Evaluation(
-            *(index, *use),
-            perturbed=index > 0,
-            first=use[0] == 1,
-            second=use[0] == 2,
-            last=use[0] == k,
-            odd=use[0] % 2 == 1,
-        )
-        for index, use in enumerate(uses)
-    )
 
 
 # ---- arguments -------------------------------------------------------------------------------------------------------

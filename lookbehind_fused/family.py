@@ -1,0 +1,105 @@
+"""The sharpness-aware family: settings of the loop in ``optimizer``, over the same passes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch.optim import Optimizer
+from torch.optim.optimizer import ParamsT
+
+from . import evaluations
+from .base import GROUP_DEFAULTS
+from .evaluations import Evaluation
+from .optimizer import Lookbehind
+
+
+class SAM(Lookbehind):
+    """Sharpness-aware minimization (Foret et al. 2021, equations 2 and 3): one ascent, one descent with the gradient
+    found there. ``Lookbehind`` with ``k=1, alpha=1``; its three forms of a step take two gradients.
+
+    Beside them ``first_step`` and ``second_step``, the names by which ``ascent_step`` and ``descent_step`` are known
+    elsewhere::
+
+        loss_fn(model(inputs), targets).backward()
+        optimizer.first_step(zero_grad=True)
+        loss_fn(model(inputs), targets).backward()
+        optimizer.second_step(zero_grad=True)
+
+    Args:
+        params, base_optimizer, rho, **settings: those of ``Lookbehind``, but for what makes it SAM (``k``, ``alpha``,
+            ``alpha_scope``, ``reuse_gradient``).
+        adaptive: ASAM's scaling of the ascent (Kwon et al. 2021).
+    """
+
+    def __init__(
+        self,
+        params: ParamsT | None,
+        base_optimizer: type[Optimizer] | Optimizer,
+        rho: float = GROUP_DEFAULTS["rho"],
+        adaptive: bool = GROUP_DEFAULTS["adaptive"],
+        **settings: Any,
+    ) -> None:
+        _refuse(self, settings, "k", "alpha", "alpha_scope", "reuse_gradient")
+        super().__init__(params, base_optimizer, rho=rho, adaptive=adaptive, k=1, alpha=1.0, **settings)
+
+    def first_step(self, zero_grad: bool = False) -> None:
+        """``ascent_step()``, then clear the gradients if asked to."""
+        self.ascent_step()
+        if zero_grad:
+            self.zero_grad()
+
+    def second_step(self, zero_grad: bool = False) -> None:
+        """``descent_step()``, then clear the gradients if asked to."""
+        self.descent_step()
+        if zero_grad:
+            self.zero_grad()
+
+
+class ASAM(SAM):
+    """Adaptive SAM (Kwon et al. 2021, algorithm 1): ``SAM`` with the ascent scaled by T = |w| + eta, so that rho is in
+    units of the scaled weights. Every tensor is scaled; groups may have their own ``adaptive``.
+    """
+
+    def __init__(
+        self, params: ParamsT | None, base_optimizer: type[Optimizer] | Optimizer, rho: float = 0.5, **settings: Any
+    ) -> None:
+        _refuse(self, settings, "adaptive")
+        super().__init__(params, base_optimizer, rho, True, **settings)
+
+
+class MultistepSAM(Lookbehind):
+    """Multistep-SAM: k ascents, each from where the last one led, then a single descent of the slow weights with the
+    last gradient (Foret et al. 2021, section 2, with m inner steps; Kim et al. 2023). k + 1 gradients a step.
+
+    With ``k=1`` it is ``SAM``. ``ascent_step()`` k times and ``descent_step()`` once are the pair of its own.
+
+    Args:
+        params, base_optimizer, rho, k, **settings: those of ``Lookbehind``, but for ``alpha``, ``alpha_scope`` and
+            ``reuse_gradient``, which have no meaning here.
+    """
+
+    _descends_once = True
+
+    def __init__(
+        self,
+        params: ParamsT | None,
+        base_optimizer: type[Optimizer] | Optimizer,
+        *,
+        rho: float = GROUP_DEFAULTS["rho"],
+        k: int = 2,
+        **settings: Any,
+    ) -> None:
+        _refuse(self, settings, "alpha", "alpha_scope", "reuse_gradient")
+        super().__init__(params, base_optimizer, rho=rho, k=k, alpha=1.0, **settings)
+
+    def _plan(self, reuse_gradient: bool) -> tuple[Evaluation, ...]:
+        return evaluations.multistep(self.k)
+
+
+def _refuse(method: Lookbehind, settings: dict[str, Any], *names: str) -> None:
+    for name in names:
+        if name in settings:
+            raise TypeError(
+                f"{name}: expected no such argument for {type(method).__name__}, got {settings[name]!r}; Lookbehind "
+                "has it"
+            )
