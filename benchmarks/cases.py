@@ -58,7 +58,7 @@ def measure(benchmark: Any, interleaved: Interleaved, rounds: int, **facts: Any)
 def measure_own_work(benchmark: Any, plan: Any, set_name: str, names: Sequence[str], settings: Settings) -> None:
     """Time the optimizer's own work on one parameter set."""
     shapes = SETS[set_name]
-    names = [contender for contender in names if contender in plan.contenders]
+    names = [contender for contender in names if contender in plan.contenders or contender not in CONTENDERS]
     work = own_work(names, shapes, settings)
     check_equal_work(work)
     measure(
@@ -108,7 +108,7 @@ def bench_scaling(benchmark, plan, set_name, names):
 
 def bench_overhead(benchmark, plan):
     """110 tensors of one element each: what is left is Python, dispatch, and the kernels' own preparations."""
-    measure_own_work(benchmark, plan.shorter(), "110x1", EAGER, BASELINE)
+    measure_own_work(benchmark, plan.shorter(), "110x1", (*EAGER, "ops"), BASELINE)
 
 
 # ---- (b) whole training steps ----------------------------------------------------------------------------------------

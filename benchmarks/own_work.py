@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.contenders import CONTENDERS, Settings
+from benchmarks.contenders import ALL, Settings
 from benchmarks.memory import Passes
 from benchmarks.timing import Segments
 
@@ -57,7 +57,7 @@ def own_work(names: Sequence[str], shapes: Sequence[tuple[int, ...]], settings: 
     for contender in names:
         params = [p.requires_grad_() for p in fresh(shapes, seed=2, scale=0.05)]
         work[contender] = OwnWork(
-            CONTENDERS[contender](params, settings), params, grads, writes_grads=contender == "naive" and settings.asam
+            ALL[contender](params, settings), params, grads, writes_grads=contender == "naive" and settings.asam
         )
     return work
 

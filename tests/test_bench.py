@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import bench, bench_plots, bounds, memory
-from benchmarks.contenders import Compiled, Foreach, Fused, Naive, Settings
+from benchmarks.contenders import Compiled, Foreach, Fused, Naive, OpsAlone, Settings
 from benchmarks.own_work import passes_of_a_step
 from tests.conftest import assert_close
 
@@ -42,6 +42,14 @@ def settings_of(k: int, asam: bool, alpha: float | str, scope: str) -> Settings:
     return Settings(
         k=k, asam=asam, alpha=alpha, scope=scope, rho=0.3, eta=0.05, lr=0.07, momentum=0.8, weight_decay=0.03
     )
+
+
+@pytest.mark.parametrize("k", [1, 2, 5])
+def test_the_ops_alone_take_native_s_steps(k: int) -> None:
+    """To the last bit: what is timed as the least that native's step costs is that step."""
+    settings = settings_of(k, True, 0.5, "global")
+    found, expected = (run(contender, settings, torch.float64) for contender in (OpsAlone, Fused))
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
