@@ -24,10 +24,13 @@ class Settings(NamedTuple):
     max_grad_norm: float | None
     nonfinite: str
     descends_once: bool
+    averages: bool
 
     @property
     def descents(self) -> int:
-        """How often the base optimizer moves the fast weights."""
+        """How often the base optimizer moves the fast weights: at each inner step, or once with the last gradient or
+        (``averages``) the mean of all.
+        """
         return 1 if self.descends_once else self.k
 
     @property
@@ -52,9 +55,9 @@ class Settings(NamedTuple):
 
 
 def checked_settings(
-    k: int, alpha: float | str, alpha_scope: str, max_grad_norm: float | None, nonfinite: str, descends_once: bool
+    k: int, alpha: float | str, alpha_scope: str, max_grad_norm: float | None, nonfinite: str, *once: bool
 ) -> Settings:
-    """``Settings``, once every one of them is acceptable.
+    """``Settings``, once every one of them is acceptable; ``once`` are the last two.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
@@ -71,7 +74,7 @@ def checked_settings(
         raise _wrong("max_grad_norm", "None or a finite number > 0", max_grad_norm, (numbers.Real,))
     if nonfinite not in ("propagate", "skip"):
         raise _wrong("nonfinite", '"propagate" or "skip"', nonfinite, (str,))
-    return Settings(k, alpha, alpha_scope, max_grad_norm, nonfinite, descends_once)
+    return Settings(k, alpha, alpha_scope, max_grad_norm, nonfinite, *once)
 
 
 def check_grad_scale(value: Any) -> None:

@@ -130,6 +130,7 @@ class Bucket:
         self.working_steps = [torch.zeros(len(params), device=scalars) for _ in range(2)]
         self.sums = torch.zeros(len(params), 3, dtype=torch.float64, device=self.device)
         self.hyper = torch.zeros(UNSCALE + 1 + len(rule.hyper(group)), dtype=torch.float64, device=scalars)
+        self.mean_hyper = torch.zeros(UNSCALE + 5, dtype=torch.float64, device=scalars)
         self.group_values: tuple = ()
         self.settings: Settings | None = None
         self.state_names: tuple[str, ...] = ()
@@ -198,6 +199,8 @@ class Bucket:
             self.derives = derives
             self._allocate(settings)
         self.settings = settings
+        if settings.averages:
+            self.buffers["mean"].zero_()
         if moved:
             self.addresses = [*map(Tensor.data_ptr, self.params)]
             self.table[:, ADDRESS] = torch.tensor(self.addresses)
@@ -212,12 +215,14 @@ class Bucket:
             needed.add("fast")
         if settings.aligns and (k > 2 or own_step):  # for k = 2 fast_1 is what the last descent moves
             needed.add("first")
+        if settings.averages:
+            needed.add("mean")
         if self.low_precision:
             needed.add("perturbed")
         if k > 1:
             needed.update(map(working, self.state_names))
         for name in self.buffers.keys() - needed - set(self.state_names):
-            if name in STEP_BUFFERS or name.startswith(working("")):
+            if name in (*STEP_BUFFERS, "mean") or name.startswith(working("")):
                 del self.buffers[name]
         for name in sorted(needed - self.buffers.keys()):
             self.buffers[name] = torch.empty(self.size, dtype=self.buffer_dtype, device=self.device)
@@ -236,7 +241,14 @@ class Bucket:
         group = self.group
         values = (
             *(group["rho"], group["eta"], settings.static_alpha, settings.max_grad_norm, *self.rule.hyper(group)),
-            *(group["adaptive"], settings.alpha_scope, self.rule.flags(group), settings.nonfinite, grad_scale),
+            *(
+                group["adaptive"],
+                settings.alpha_scope,
+                self.rule.flags(group),
+                settings.nonfinite,
+                grad_scale,
+                settings.k,
+            ),
         )
         if values == self.group_values:
             return
@@ -244,12 +256,17 @@ class Bucket:
         clip = float("inf") if settings.max_grad_norm is None else settings.max_grad_norm
         unscale = 1.0 if isinstance(grad_scale, str) else 1 / grad_scale
         hyper = (group["rho"], group["eta"], settings.static_alpha, clip, unscale, *self.rule.hyper(group))
-        values_now = torch.tensor([float(value) for value in hyper], dtype=torch.float64)
-        self.hyper.copy_(values_now.pin_memory() if self.hyper.is_cuda else values_now, non_blocking=True)
+        self._set(self.hyper, hyper)
+        # The mean of gradients is what SGD makes of weights at 0 with a learning rate of -1 / k.
+        self._set(self.mean_hyper, (group["rho"], group["eta"], 1.0, float("inf"), 1.0, -1 / settings.k, 0.0, 0.0, 0.0))
         per_tensor = Flag.PER_TENSOR * (settings.alpha_scope == "tensor")
         switches = Flag.ADAPTIVE * group["adaptive"] + per_tensor + Flag.SKIPS * settings.skips
         self.flags = int(self.rule.flags(group) + switches)
         self.group_values = () if any(isinstance(value, Tensor) for value in hyper) else values  # they change in place
+
+    def _set(self, to: Tensor, values: Sequence[Any]) -> None:
+        now = torch.tensor([float(value) for value in values], dtype=torch.float64)
+        to.copy_(now.pin_memory() if to.is_cuda else now, non_blocking=True)
 
     def _adopt_state(self, names: tuple[str, ...]) -> None:
         """Make the buffers what ``base.state`` says: copy in what was loaded or replaced, clear what was removed."""
@@ -350,6 +367,8 @@ class Bucket:
         rows = self.everyone if len(gathered.rows) == len(self.params) else set(gathered.rows)
         if evaluation.index == 0:
             self.joined = rows
+        if evaluation.gathers:
+            rows = self.joined
         if evaluation.descends:
             self.updated = self.updated | rows if self.updated else rows
 
@@ -455,6 +474,33 @@ class Bucket:
                 **{**descent, "sq_norms": scalars.sq_norms[self.device][evaluation.index]},
                 row=row if part.grads is gathered.grads else -1,
             )
+
+    def accumulate(self, evaluation: Evaluation, scalars: Scalars, gathered: Gathered) -> None:
+        """Add the gradient to the mean; ascend with it too where it is not the last."""
+        if not gathered.rows:
+            return
+        sq_norms = scalars.sq_norms[self.device][evaluation.index]
+        arguments = {
+            "params": self._params(gathered.rows),
+            "grads": gathered.grads,
+            "fast": self.buffers["mean"],
+            "fast_from": None,
+            **{"state": [], "state_from": [], "steps": self.working_steps[0], "steps_from": None},
+            "table": self._table(gathered.rows),
+            "hyper": self.mean_hyper,
+            "rule": "sgd",
+            "flags": self.flags & int(Flag.ADAPTIVE | Flag.SKIPS),
+        }
+        if evaluation.ascends:
+            perturbed = self.buffers.get("perturbed")
+            self.kernels.descend_ascend(perturbed=perturbed, sq_norms=sq_norms, row=scalars.row_to_fill, **arguments)
+        else:
+            self.kernels.descend(sq_norms=sq_norms if self.settings.skips else None, **arguments)
+
+    def mean(self) -> Gathered:
+        """The means of the tensors that had a gradient in this step, in its place."""
+        rows = self.all_rows if len(self.joined) == len(self.params) else sorted(self.joined)
+        return Gathered(rows, [self.view("mean", row).to(self.dtype) for row in rows])
 
     def descend_interpolate(self, evaluation: Evaluation, scalars: Scalars, gathered: Gathered) -> None:
         """The last descent, and the new weights between slow and fast with a static alpha."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 
@@ -16,6 +16,7 @@ class Evaluation:
         inner_step: 1 to k: the inner step whose minibatch is to be used, where the minibatch is switched.
         descends: the base optimizer uses this gradient.
         ascends: the next ascent uses this gradient.
+        gathers: this gradient is part of the mean that the descent uses.
         perturbed: whether the model's weights are perturbed; at evaluation 0 they are the slow weights.
         first, second, last, odd: of an evaluation that descends, whether it is number 1, 2, the last, an odd one of
             those in the step (as booleans: an int that takes several values in compiled code becomes a symbol there).
@@ -25,6 +26,7 @@ class Evaluation:
     inner_step: int
     descends: bool
     ascends: bool
+    gathers: bool
     perturbed: bool
     first: bool
     second: bool
@@ -46,12 +48,18 @@ def lookbehind(k: int, reuse_gradient: bool) -> tuple[Evaluation, ...]:
 
 
 @lru_cache
-def multistep(k: int) -> tuple[Evaluation, ...]:
-    """k ascents, then a single descent with the last gradient (Kim et al. 2023)."""
-    return _numbered([(1, False, True), *((i, False, True) for i in range(1, k)), (k, True, False)])
+def multistep(k: int, average: bool) -> tuple[Evaluation, ...]:
+    """k ascents, then a single descent with the last gradient, or with the mean of those behind (Kim et al. 2023)."""
+    return _numbered([(1, False, True), *((i, False, True) for i in range(1, k)), (k, True, False)], average)
 
 
-def _numbered(uses: Sequence[tuple[int, bool, bool]]) -> tuple[Evaluation, ...]:
+@lru_cache
+def with_mean(evaluation: Evaluation) -> Evaluation:
+    """The descent of an evaluation that gathers, with the mean instead: its norm has a place of its own."""
+    return replace(evaluation, index=evaluation.index + 1, gathers=False)
+
+
+def _numbered(uses: Sequence[tuple[int, bool, bool]], gathers: bool = False) -> tuple[Evaluation, ...]:
     """Evaluations from the inner step of each, whether it descends and whether it ascends."""
     descents = sum(descends for _, descends, _ in uses)
     number, found = 0, []
@@ -59,7 +67,7 @@ def _numbered(uses: Sequence[tuple[int, bool, bool]]) -> tuple[Evaluation, ...]:
         number += descends
         found.append(
             Evaluation(
-                *(index, inner_step, descends, ascends),
+                *(index, inner_step, descends, ascends, gathers and index > 0),
                 perturbed=index > 0,
                 first=descends and number == 1,
                 second=descends and number == 2,

@@ -8,6 +8,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from . import evaluations
+from .arguments import check_bool
 from .base import GROUP_DEFAULTS
 from .evaluations import Evaluation
 from .optimizer import Lookbehind
@@ -69,16 +70,16 @@ class ASAM(SAM):
 
 class MultistepSAM(Lookbehind):
     """Multistep-SAM: k ascents, each from where the last one led, then a single descent of the slow weights with the
-    last gradient (Foret et al. 2021, section 2, with m inner steps; Kim et al. 2023). k + 1 gradients a step.
+    last gradient, or with the mean of the k gradients behind (Kim et al. 2023). k + 1 gradients a step.
 
     With ``k=1`` it is ``SAM``. ``ascent_step()`` k times and ``descent_step()`` once are the pair of its own.
 
     Args:
         params, base_optimizer, rho, k, **settings: those of ``Lookbehind``, but for ``alpha``, ``alpha_scope`` and
             ``reuse_gradient``, which have no meaning here.
+        average: descend with the mean, which takes one more copy of the model. A tensor that an evaluation does not
+            reach counts with a gradient of 0 there; a gradient that is skipped (``nonfinite``) likewise.
     """
-
-    _descends_once = True
 
     def __init__(
         self,
@@ -87,13 +88,23 @@ class MultistepSAM(Lookbehind):
         *,
         rho: float = GROUP_DEFAULTS["rho"],
         k: int = 2,
+        average: bool = False,
         **settings: Any,
     ) -> None:
         _refuse(self, settings, "alpha", "alpha_scope", "reuse_gradient")
+        check_bool("average", average)
+        self.average = average
         super().__init__(params, base_optimizer, rho=rho, k=k, alpha=1.0, **settings)
 
     def _plan(self, reuse_gradient: bool) -> tuple[Evaluation, ...]:
-        return evaluations.multistep(self.k)
+        return evaluations.multistep(self.k, self.average)
+
+    @property
+    def _once(self) -> tuple[bool, bool]:  # type: ignore[override]
+        return True, self.average
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "average": self.average}
 
 
 def _refuse(method: Lookbehind, settings: dict[str, Any], *names: str) -> None:

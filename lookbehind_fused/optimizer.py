@@ -127,7 +127,7 @@ class Lookbehind(Optimizer):
         group_defaults = {"rho": rho, "adaptive": adaptive, "eta": eta}
         check_group(group_defaults)
         check_bool("reuse_gradient", reuse_gradient)
-        checked_settings(k, alpha, alpha_scope, max_grad_norm, nonfinite, self._descends_once)
+        checked_settings(k, alpha, alpha_scope, max_grad_norm, nonfinite, *self._once)
         check_grad_scale(grad_scale)
         kernels.resolve(backend)
         base = _build_base(params, base_optimizer, base_kwargs)
@@ -153,8 +153,8 @@ class Lookbehind(Optimizer):
             }
         )
 
-    # Whether the base optimizer moves the fast weights at the last inner step alone, instead of at each.
-    _descends_once = False
+    # Whether the base optimizer moves the fast weights at the last inner step alone, and if so with the mean gradient.
+    _once = (False, False)
 
     # GradScaler then says so when it calls step(), which raises: unscaled behind our back the gradients would be wrong.
     _step_supports_amp_scaling = True
@@ -465,6 +465,14 @@ class Lookbehind(Optimizer):
             for bucket, of_bucket in zip(buckets, gathered, strict=True):
                 bucket.reduce_sq_norm(evaluation, scalars, of_bucket)
             scalars.share_sq_norms(evaluation.index)
+        if evaluation.gathers:
+            for bucket, of_bucket in zip(buckets, gathered, strict=True):
+                bucket.accumulate(evaluation, scalars, of_bucket)
+                if done is not None:
+                    done.append(bucket)
+            if evaluation.descends:
+                self._run_passes(evaluations.with_mean(evaluation), [bucket.mean() for bucket in buckets])
+            return
         if own_step:
             self._run_own_step(evaluation, gathered)
         if not evaluation.descends:
@@ -523,7 +531,7 @@ class Lookbehind(Optimizer):
             if not self._buckets_fit(tensors):
                 self._build_buckets(settings)
         if self._settings is not None and settings.k != self._settings.k:
-            self._scalars, self._completed = Scalars(self._buckets, 2 * settings.k), False
+            self._scalars, self._completed = Scalars(self._buckets, 2 * settings.k + 1), False
         state_changed = self._ids_of_state() != self._state_ids
         for bucket in self._buckets:
             bucket.open(settings, self.grad_scale, state_changed, changed)
@@ -535,7 +543,7 @@ class Lookbehind(Optimizer):
 
     def _read_settings(self) -> Settings:
         check_grad_scale(self.grad_scale)
-        now = (self.k, self.alpha, self.alpha_scope, self.max_grad_norm, self.nonfinite, self._descends_once)
+        now = (self.k, self.alpha, self.alpha_scope, self.max_grad_norm, self.nonfinite, *self._once)
         return self._settings if now == self._settings else checked_settings(*now)
 
     def _ids_of_state(self) -> list[int]:
@@ -578,7 +586,7 @@ class Lookbehind(Optimizer):
                     *(group, self.base_optimizer, rule, backend),
                 )
             )
-        self._scalars = Scalars(self._buckets, 2 * settings.k)
+        self._scalars = Scalars(self._buckets, 2 * settings.k + 1)
         self._own_step = OwnStep(self.base_optimizer)
         self._state_ids = None
         self._completed = False

@@ -1,5 +1,6 @@
 """The methods of the family, each against a literal transcription of its own."""
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -8,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lookbehind_fused import ASAM, SAM, Lookbehind, MultistepSAM
-from tests.algorithm1 import Formulas, Gradients, algorithm1, ascend
+from tests.algorithm1 import Formulas, Gradients, algorithm1, ascend, clip
 from tests.conftest import assert_close
 from tests.test_parameters import RULES
 
@@ -29,13 +30,23 @@ def sam(weights: list[Tensor], gradient: Gradient, base: Formulas, rho: float, a
 
 
 def multistep(
-    weights: list[Tensor], gradient: Gradient, base: Formulas, k: int, rho: float, asam: bool, eta: float
+    weights: list[Tensor],
+    gradient: Gradient,
+    base: Formulas,
+    k: int,
+    rho: float,
+    asam: bool,
+    eta: float,
+    average: bool = False,
+    most: float | None = None,
 ) -> list[Tensor]:
-    """k ascents in a row, and one descent from where they began."""
-    n, behind = len(weights), weights
+    """k ascents in a row, and one descent from where they began, with the last gradient or the mean of those behind."""
+    n, behind, gathered = len(weights), weights, []
     for _ in range(k):
         behind = ascend(behind, gradient(behind), [rho] * n, [asam] * n, [eta] * n)
-    return base(weights, gradient(behind))
+        gathered.append(gradient(behind))
+    g = [torch.stack(of_tensor).mean(0) for of_tensor in zip(*gathered, strict=True)] if average else gathered[-1]
+    return base(weights, clip(g, most))
 
 
 # ---- the table: class, its arguments, transcription, gradients a step ------------------------------------------------
@@ -53,6 +64,21 @@ METHODS: dict[str, tuple[Any, dict[str, Any], Callable[..., list[Tensor]], int]]
         )
         for k in (1, 2, 3)
     },
+    **{
+        f"MultistepSAM-{k}-average": (
+            MultistepSAM,
+            {"k": k, "rho": 0.2, "average": True},
+            lambda *a, k=k: multistep(*a, k, 0.2, False, 0, True),
+            k + 1,
+        )
+        for k in (1, 2, 4)
+    },
+    "MultistepSAM-average-clipped": (
+        MultistepSAM,
+        {"k": 3, "rho": 0.2, "adaptive": True, "eta": 0.1, "average": True, "max_grad_norm": 0.7, "grad_scale": 1.0},
+        lambda *a: multistep(*a, 3, 0.2, True, 0.1, True, 0.7),
+        4,
+    ),
     "MultistepSAM-adaptive": (
         MultistepSAM,
         {"k": 3, "rho": 0.2, "adaptive": True, "eta": 0.05},
@@ -153,6 +179,58 @@ def test_what_is_the_same_is_the_same_to_the_bit(backend: str, rule: str) -> Non
             results.append(problem.params)
         for other in results[1:]:
             assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("k", [2, 3])
+def test_lookbehind_over_plain_sgd_averages_gradients(backend: str, k: int) -> None:
+    """With alpha = 1 / k (Mordido et al. 2024, section 3)."""
+    results = []
+    for make, arguments in ((MultistepSAM, {"average": True}), (Lookbehind, {"alpha": 1 / k})):
+        problem = Problem()
+        optimizer = make(problem.params, torch.optim.SGD, lr=0.1, rho=0.2, k=k, backend=backend, **arguments)
+        for _ in range(3):
+            optimizer.step(problem.evaluate)
+        results.append(problem.params)
+    for i, (a, b) in enumerate(zip(*results, strict=True)):
+        assert_close(f"tensor {i}", a.detach(), b.detach(), 1e-12)
+
+
+def test_averages_where_gradients_are_missing_not_finite_or_scaled(backend: str) -> None:
+    """Each counts as 0; the base moves what had any, with what is left."""
+    p, q = torch.ones(3, dtype=torch.float64).requires_grad_(), torch.ones(2, dtype=torch.float64).requires_grad_()
+    settings = {"nonfinite": "skip", "grad_scale": 4.0, "average": True, "backend": backend}
+    optimizer = MultistepSAM([p, q], torch.optim.SGD, lr=0.1, momentum=0.9, rho=0.0, k=4, **settings)
+    for evaluation in optimizer.evaluations():
+        p.grad = torch.full_like(p, 8.0 if evaluation.index != 2 else float("nan"))
+        if evaluation.index == 1:
+            q.grad = torch.full_like(q, 16.0)
+    assert_close("p", p.detach(), torch.full_like(p, 1 - 0.1 * 2.0 * 3 / 4).detach(), 1e-12)
+    assert_close("q", q.detach(), torch.full_like(q, 1 - 0.1 * 4.0 * 1 / 4).detach(), 1e-12)
+    assert optimizer.diagnostics["skipped"] == 1
+    assert set(optimizer.state) == {p, q}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_averages_of_16_bits(backend: str, dtype: torch.dtype) -> None:
+    """The mean is kept in float32 and rounded once; a base of its own step() takes it too."""
+    for base in (torch.optim.SGD, torch.optim.Adagrad):
+        problem, exact = Problem(dtype), Problem()
+        for p, w in zip(problem.params, exact.params, strict=True):
+            w.data.copy_(p.data)
+        for one in (problem, exact):
+            optimizer = MultistepSAM(one.params, base, lr=0.1, rho=0.2, k=3, average=True, backend=backend)
+            optimizer.step(one.evaluate)
+        for i, (p, w) in enumerate(zip(problem.params, exact.params, strict=True)):
+            assert_close(f"tensor {i}", p.detach().double(), w.detach(), 4 * torch.finfo(dtype).eps)
+
+
+def test_copies_know_whether_they_average(backend: str) -> None:
+    problem = Problem()
+    optimizer = MultistepSAM(problem.params, torch.optim.SGD, lr=0.1, k=3, average=True, backend=backend)
+    optimizer.step(problem.evaluate)
+    assert copy.deepcopy(optimizer).average is True
+    with pytest.raises(TypeError, match="^average: expected True or False, got 2"):
+        MultistepSAM(problem.params, torch.optim.SGD, lr=0.1, average=2)
 
 
 def test_multistep_keeps_one_copy(backend: str) -> None:
