@@ -10,7 +10,7 @@ PY     := $(VENV)/bin/python
 PIP    := $(PY) -m pip --disable-pip-version-check
 READY  := $(VENV)/.ready
 CODE   := setup.py lookbehind_fused benchmarks tests
-CPP    := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.inc)
+CPP    := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.inc csrc/*/*.cu csrc/*/*.cuh tests/*.cpp)
 CXX    ?= g++
 
 MAKEFLAGS += --no-print-directory
@@ -84,7 +84,7 @@ clean:  ## remove .venv, build outputs and caches; keeps runs/
 
 # The stamp goes before anything changes and comes back last: whatever interrupts this, the next call finds no stamp and
 # starts from nothing. torch is installed first and pinned, so that nothing after it can choose another build.
-$(READY): constraints.txt pyproject.toml setup.py $(wildcard csrc/*.* csrc/cpu/*)
+$(READY): constraints.txt pyproject.toml setup.py $(wildcard csrc/*.* csrc/cpu/* csrc/cuda/*)
 	@[ "$(or $(WANTED),$(STATE))" = "$(or $(STATE),none)" ] && $(PIP) --version >/dev/null 2>&1 || { \
 		$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || { \
 			echo "make: $(PYTHON) is missing or older than Python 3.10: name another with PYTHON=..." >&2; exit 1; }; \

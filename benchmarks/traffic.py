@@ -1,4 +1,4 @@
-"""What the Triton kernels move, counted from their compiled code as it is executed; no GPU is needed.
+"""What the Triton and CUDA kernels move, counted from their compiled code as it is executed; no GPU is needed.
 
 `PYTHONPATH=<folder of gpusim> python -m benchmarks.traffic` prints a table: for each pass of an outer step the bytes
 that it reads and writes per parameter, its registers and its 16-byte accesses, and for the whole step what DESIGN's
@@ -56,15 +56,19 @@ class Launch:
 
 
 def launches(
-    base: type[torch.optim.Optimizer], options: dict[str, Any], settings: Settings, driver: Any
+    base: type[torch.optim.Optimizer],
+    options: dict[str, Any],
+    settings: Settings,
+    driver: Any,
+    backend: str = "triton",
 ) -> list[Launch]:
-    """The kernels of a second outer step, executed."""
+    """The kernels of a second outer step, executed by the backend's driver."""
     generator = torch.Generator().manual_seed(0)
     p = torch.randn(SIZE, generator=generator).requires_grad_()
     g = torch.randn(SIZE, generator=generator)
     optimizer = Lookbehind(
         [p], base, rho=settings.rho, k=settings.k, alpha=settings.alpha, alpha_scope=settings.scope,
-        adaptive=settings.asam, eta=settings.eta, backend="triton", **options,
+        adaptive=settings.asam, eta=settings.eta, backend=backend, **options,
     )  # fmt: skip
     driver.clear()
     driver.opts.update(stats=True)
@@ -87,7 +91,7 @@ def launches(
                 {name: t.written / SIZE for name, t in moved.items() if t.written},
                 entry["resources"]["reg"],
                 entry["resources"]["stack"],
-                dynamic.get("ld.global.v4.b32", 0) + dynamic.get("st.global.v4.b32", 0),
+                sum(count for access, count in dynamic.items() if ".global." in access and ".v4." in access),
             )
         )
     return found
@@ -158,24 +162,29 @@ def moved_by(contender: Callable[[Sequence[Tensor], Settings], Any], settings: S
 
 
 def table(capability: int) -> str:
-    """All steps, as Markdown."""
+    """All steps, as Markdown; with the CUDA kernels beside Triton's where there is an nvcc."""
     from gpusim import simdriver
+    from gpusim.cuda import find_nvcc
 
-    driver = simdriver.activate(capability)
+    drivers = {"triton": simdriver.activate(capability)}
+    if find_nvcc():
+        from tests.cuda_build import Build
+        from tests.cuda_cases import Executor
+
+        drivers["cuda"] = Executor(Build(), capability)
     lines = [
-        "| step | pass | read | written | bytes | registers | stack |",
-        "|---|---|---|---|---|---|---|",
+        f"| step | pass | read | written | bytes, registers, stack: {'; '.join(drivers)} |",
+        "|---|---|---|---|---|",
     ]
     for title, (base, options, settings) in STEPS.items():
-        found = launches(base, options, settings, driver)
-        for launch in found:
+        found = {name: launches(base, options, settings, driver, name) for name, driver in drivers.items()}
+        for of_backends in zip(*found.values(), strict=True):
+            launch = of_backends[0]
             of = [", ".join(name for name in side) for side in (launch.read, launch.written)]
-            lines.append(
-                f"| {title} | `{launch.kernel}` | {of[0]} | {of[1]} | {launch.bytes:g} | {launch.registers} "
-                f"| {launch.stack} |"
-            )
-        total = f"**{sum(launch.bytes for launch in found):g}**"
-        beside = f"{len(found)} launches"
+            numbers = "; ".join(f"{x.bytes:g}, {x.registers}, {x.stack}" for x in of_backends)
+            lines.append(f"| {title} | `{launch.kernel}` | {of[0]} | {of[1]} | {numbers} |")
+        total = "; ".join(f"**{sum(launch.bytes for launch in all_of):g}**" for all_of in found.values())
+        beside = f"{len(found['triton'])} launches"
         if base is torch.optim.SGD:
             allowed, naive, foreach = (
                 bytes_per_parameter(settings),
@@ -183,7 +192,7 @@ def table(capability: int) -> str:
                 moved_by(Foreach, settings),
             )
             beside += f"; DESIGN allows {allowed}; foreach {foreach:g}, naive {naive:g} (2k gradients)"
-        lines.append(f"| {title} | all | {beside} | | {total} | | |")
+        lines.append(f"| {title} | all | {beside} | | {total} |")
     simdriver.deactivate()
     return "\n".join(lines)
 

@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "cpu/walk.h"
+#include "numbers.h"
 #include "tensor_list.h"
 
 namespace lookbehind_fused {
@@ -21,9 +22,6 @@ namespace {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-
-constexpr double kNormEpsilon = 1e-16;
-constexpr double kClipEpsilon = 1e-6;
 
 using Find = ChunkFunction (*)(const Variant&);
 
@@ -218,42 +216,21 @@ struct Threads {
 
 // ---- numbers --------------------------------------------------------------------------------------------------------
 
-struct Hyper {
-  double rho, eta, alpha, max_grad_norm, unscale;
-  const double* rule;  // in the order of lookbehind_fused/base.py
-};
-
-Hyper hyper_of(const Tensor& hyper, int64_t of_rule = 0) {
-  const double* h = numbers_of<double>("hyper", hyper, 5 + of_rule);
-  return {h[0], h[1], h[2], h[3], h[4], h + 5};
+// The numbers that all passes have, and ``of_rule`` more.
+const double* hyper_of(const Tensor& hyper, int64_t of_rule = 0) {
+  return numbers_of<double>("hyper", hyper, kOfRule + of_rule);
 }
 
-// sqrt of one column's sum: 0 is ||T g||, 1 is ||g||.
-double total_norm(const Tensor& sq_norms, int column) {
-  const double* values = numbers_of<double>("sq_norms", sq_norms, 2 * sq_norms.size(0));
-  double sum = 0;
-  for (int64_t b = 0; b < sq_norms.size(0); ++b) sum += values[2 * b + column];
-  return std::sqrt(sum);
-}
-
-double clip_coefficient(const std::optional<Tensor>& sq_norms, const Hyper& h) {
-  if (!sq_norms || std::isinf(h.max_grad_norm)) return 1.0;
-  const double coefficient = h.max_grad_norm / (std::abs(h.unscale) * total_norm(*sq_norms, 1) + kClipEpsilon);
-  return coefficient > 1.0 ? 1.0 : coefficient;  // NaN stays NaN
+SqNorms norms_of(const std::optional<Tensor>& sq_norms) {
+  if (!sq_norms) return SqNorms(nullptr, 0);
+  return SqNorms(numbers_of<double>("sq_norms", *sq_norms, 2 * sq_norms->size(0)), sq_norms->size(0));
 }
 
 // Whether an evaluation moves anything: under kSkips only with a gradient whose norms are finite.
-bool moves(const std::optional<Tensor>& sq_norms, int64_t flags) {
-  if (!(flags & kSkips)) return true;
-  STD_TORCH_CHECK(sq_norms, "sq_norms: expected a tensor where non-finite gradients are skipped, got None");
-  return std::isfinite(total_norm(*sq_norms, 0)) && std::isfinite(total_norm(*sq_norms, 1));
-}
-
-// (cos + 1) / 2; the cosine of a zero vector is 0.
-double adaptive_alpha(double dot, double a, double b) {
-  const double norms = std::sqrt(a) * std::sqrt(b);
-  const double cosine = norms == 0 ? 0.0 : dot / norms;
-  return (std::min(std::max(cosine, -1.0), 1.0) + 1) / 2;
+bool moves(const SqNorms& norms, int64_t flags) {
+  STD_TORCH_CHECK(norms.given || !(flags & kSkips),
+                  "sq_norms: expected a tensor where non-finite gradients are skipped, got None");
+  return !(flags & kSkips) || norms.finite();
 }
 
 template <class T>
@@ -273,36 +250,28 @@ Rule rule_of(const std::string& name, size_t states) {
   return Rule::none;
 }
 
-// A rule's constants for a tensor's update number ``step``, in the order of the members in rules.h. Maximizing is a
-// negative scale of the gradient.
+template <class Update, class T>
+void store_rule(Constants<T>& c, const double* h, int64_t flags, int step) {
+  static_assert(sizeof(Update) <= sizeof(c.rule));
+  Update update;
+  set_rule(update, h, flags, step);
+  std::memcpy(c.rule, &update, sizeof(update));
+}
+
+// A rule's constants for a tensor's update number ``step``.
 template <class T>
-void set_rule(Constants<T>& c, Rule rule, const double* h, int64_t flags, double step) {
-  if (rule == Rule::sgd || rule == Rule::sgd_momentum) {
-    const double lr = h[0], momentum = h[1], dampening = h[2], weight_decay = h[3];
-    const bool is_first = step == 1, nesterov = flags & kNesterov;
-    const double values[] = {lr,
-                             weight_decay,
-                             is_first ? 0 : momentum,
-                             is_first ? 1 : 1 - dampening,
-                             nesterov ? 1.0 : 0.0,
-                             nesterov ? momentum : 1.0};
-    std::copy(std::begin(values), std::end(values), c.rule);
-  } else if (rule != Rule::none) {
-    const double lr = h[0], beta1 = h[1], beta2 = h[2], eps = h[3], weight_decay = h[4];
-    const bool decoupled = flags & kDecoupled;
-    const auto step_size = [=](double step) { return lr / (1 - std::pow(beta1, step)); };
-    const auto root = [=](double step) { return std::sqrt(1 - std::pow(beta2, step)); };
-    const double values[] = {step_size(step),
-                             root(step),
-                             1 - beta1,
-                             beta2,
-                             1 - beta2,
-                             eps,
-                             decoupled ? 0.0 : weight_decay,
-                             decoupled ? 1 - lr * weight_decay : 1.0,
-                             step_size(step - 1),
-                             root(step - 1)};
-    std::copy(std::begin(values), std::end(values), c.rule);
+void set_constants(Constants<T>& c, Rule rule, const double* h, int64_t flags, int step) {
+  switch (rule) {
+    case Rule::none:
+      return;
+    case Rule::sgd:
+      return store_rule<Sgd<T, 0>>(c, h, flags, step);
+    case Rule::sgd_momentum:
+      return store_rule<Sgd<T, 1>>(c, h, flags, step);
+    case Rule::adam:
+      return store_rule<Adam<T, 0>>(c, h, flags, step);
+    case Rule::adam_amsgrad:
+      return store_rule<Adam<T, 1>>(c, h, flags, step);
   }
 }
 
@@ -332,12 +301,12 @@ double* row_of(const Tensor& sq_norms, int64_t row) {
 }
 
 // The sums of squares of T g and of g.
-void sum_squares(const Work& work, const Hyper& h, int64_t flags, double* total) {
+void sum_squares(const Work& work, const double* h, int64_t flags, double* total) {
   const auto pieces = pieces_of(work.rows, work.count);
   total[0] = total[1] = 0;
   with_compute_type(work.dtype, [&](auto zero) {
     using T = decltype(zero);
-    const std::vector<Constants<T>> numbers(work.count, constants<T>(1, 0, h.eta, 0));
+    const std::vector<Constants<T>> numbers(work.count, constants<T>(1, 0, h[kEta], 0));
     const Variant variant{Pass::reduce_sq_norm, work.dtype, Rule::none, bool(flags & kAdaptive), false};
     const auto sums = run<T>(variant, work, numbers, pieces, 2);
     for (size_t i = 0; i < sums.size(); ++i) total[i % 2] += sums[i];
@@ -353,18 +322,18 @@ void reduce_sq_norm(TensorList params, TensorList grads, std::optional<Tensor> p
 
 void ascend(TensorList params, TensorList grads, std::optional<Tensor> perturbed, std::optional<Tensor> slow,
             Tensor table, Tensor sq_norms, int64_t row, Tensor hyper, int64_t flags) {
-  const Hyper h = hyper_of(hyper);
+  const double* h = hyper_of(hyper);
   Work work(table, params, grads);
   if (!slow) work.perturbed = work.buffer("perturbed", perturbed);
   if (row >= 0) sum_squares(work, h, flags, row_of(sq_norms, row));
   work.perturbed = work.buffer("perturbed", perturbed);
   work.slow = work.buffer("slow", slow);
-  const bool ascends = moves(sq_norms, flags);
+  const SqNorms norms = norms_of(sq_norms);
+  const bool ascends = moves(norms, flags);
   if (!ascends && !slow) return;
   with_compute_type(work.dtype, [&](auto zero) {
     using T = decltype(zero);
-    const double factor = h.rho / (total_norm(sq_norms, 0) + kNormEpsilon);
-    const std::vector<Constants<T>> numbers(work.count, constants<T>(1, factor, h.eta, 0));
+    const std::vector<Constants<T>> numbers(work.count, constants<T>(1, ascent_factor(h, norms), h[kEta], 0));
     const Variant variant{ascends ? Pass::ascend : Pass::keep, work.dtype, Rule::none, bool(flags & kAdaptive), false};
     run<T>(variant, work, numbers, pieces_of(work.rows, work.count));
   });
@@ -394,7 +363,7 @@ void pass_through(const Work& work) {
 
 std::vector<double> run_descent(Pass pass, Work& work, const Descent& d, const std::vector<Piece>& pieces) {
   const Rule rule = rule_of(d.rule, d.state.size());
-  const Hyper h = hyper_of(d.hyper, d.rule == "adam" ? 5 : d.rule == "sgd" ? 4 : 0);
+  const double* h = hyper_of(d.hyper, d.rule == "adam" ? 5 : d.rule == "sgd" ? 4 : 0);
   STD_TORCH_CHECK(d.state_from.empty() || d.state_from.size() == d.state.size(), "state_from: expected none or ",
                   d.state.size(), " buffers as state has, got ", d.state_from.size());
   const bool derivable = rule != Rule::none && rule != Rule::sgd && !(d.flags & kNesterov);
@@ -405,21 +374,21 @@ std::vector<double> run_descent(Pass pass, Work& work, const Descent& d, const s
   work.state_from = d.state_from.empty() ? work.state : work.buffers("state_from", d.state_from);
   float* steps = numbers_of<float>("steps", d.steps, work.row_count);
   const float* steps_from = d.steps_from ? numbers_of<float>("steps_from", *d.steps_from, work.row_count) : steps;
-  const double sign = d.flags & kMaximize && rule != Rule::none ? -1 : 1;
-  const double scale = sign * h.unscale * clip_coefficient(d.sq_norms, h);
-  const double factor = pass == Pass::descend_ascend ? h.rho / (total_norm(*d.sq_norms, 0) + kNormEpsilon) : 0;
-  const bool descends = moves(d.sq_norms, d.flags);
+  const SqNorms norms = norms_of(d.sq_norms);
+  const double scale = gradient_scale(h, norms, d.flags);
+  const double factor = pass == Pass::descend_ascend ? ascent_factor(h, norms) : 0;
+  const bool descends = moves(norms, d.flags);
   if (!descends) pass_through(work);
   std::vector<double> sums;
   with_compute_type(work.dtype, [&](auto zero) {
     using T = decltype(zero);
-    Constants<T> c = constants<T>(scale, factor, h.eta, h.alpha);
+    Constants<T> c = constants<T>(scale, factor, h[kEta], h[kAlpha]);
     std::vector<Constants<T>> numbers;
     numbers.reserve(work.count);
     float last = -1;
     for (int64_t t = 0; t < work.count; ++t) {
       const float step = steps_from[work.rows[t].row] + 1;
-      if (step != last) set_rule(c, rule, h.rule, d.flags, last = step);
+      if (step != last) set_constants(c, rule, h + kOfRule, d.flags, int(last = step));
       steps[work.rows[t].row] = descends ? step : step - 1;
       numbers.push_back(c);
     }

@@ -15,7 +15,13 @@
 namespace lookbehind_fused {
 
 // a * b + c, rounded once where the hardware can. (LOOKBEHIND_FMA: g++ does not define __FMA__ after a target pragma.)
-#if defined(LOOKBEHIND_FMA) || defined(__FMA__) || defined(__CUDA_ARCH__) || defined(__aarch64__)
+#ifdef __CUDA_ARCH__
+LOOKBEHIND_INLINE float fused(float a, float b, float c) { return fmaf(a, b, c); }
+LOOKBEHIND_INLINE double fused(double a, double b, double c) { return fma(a, b, c); }
+LOOKBEHIND_INLINE float square_root(float x) { return sqrtf(x); }
+LOOKBEHIND_INLINE double square_root(double x) { return sqrt(x); }
+#else
+#if defined(LOOKBEHIND_FMA) || defined(__FMA__) || defined(__aarch64__)
 LOOKBEHIND_INLINE float fused(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 LOOKBEHIND_INLINE double fused(double a, double b, double c) { return __builtin_fma(a, b, c); }
 #else
@@ -24,6 +30,7 @@ LOOKBEHIND_INLINE double fused(double a, double b, double c) { return a * b + c;
 #endif
 LOOKBEHIND_INLINE float square_root(float x) { return __builtin_sqrtf(x); }
 LOOKBEHIND_INLINE double square_root(double x) { return __builtin_sqrt(x); }
+#endif
 
 // slow + alpha * (fast - slow) as torch.lerp computes it: alpha = 1 gives exactly fast.
 template <class T>

@@ -95,7 +95,7 @@ class Lookbehind(Optimizer):
             read where it is, at the start of a step. The descent and ``max_grad_norm`` see the gradient divided by it;
             the ascent is free of it.
         backend: ``"auto"`` (the fastest that there is for the device), ``"native"`` (C++, for CPUs), ``"triton"`` (for
-            GPUs) or ``"reference"`` (plain PyTorch).
+            GPUs), ``"cuda"`` (compiled, for CUDA GPUs) or ``"reference"`` (plain PyTorch).
         **base_kwargs: arguments of the class ``base_optimizer``.
 
     For bf16 and fp16 parameters the slow, fast and perturbed weights and the base's state are kept in float32 during

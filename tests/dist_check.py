@@ -139,6 +139,8 @@ def main() -> None:
         full.pip(*install, LOOKBEHIND_REQUIRE_NATIVE="1")
         assert full.warnings_of_a_step("native") == "0"
         assert full.warnings_of_a_step("auto") == "0"
+        why_not = full.run("-c", "from lookbehind_fused.kernels import cuda; print(cuda.why_not())").stdout.strip()
+        assert (why_not == "None") == bool(shutil.which("nvcc")), why_not
         timed("installed from the archive, steps on native", started)
 
         started = time.monotonic()

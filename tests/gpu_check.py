@@ -7,6 +7,8 @@ at the end; 1 if a check failed.
 from __future__ import annotations
 
 import itertools
+import shutil
+import subprocess
 import sys
 import traceback
 from collections.abc import Callable
@@ -16,8 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from lookbehind_fused import Lookbehind
+from lookbehind_fused.kernels import BACKENDS as BACKENDS_BY_NAME
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
+BACKENDS = ("triton", "cuda")
 rows: list[tuple[str, str, str]] = []
 
 
@@ -27,15 +31,25 @@ def main() -> int:
         print("gpu-check: this machine has no GPU that PyTorch can use; nothing was checked")
         return 0
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, Python {sys.version.split()[0]}", flush=True)
-    for dtype in DTYPES:
-        check(
-            f"every pass and rule against the reference in float64: {dtype}", lambda dtype=dtype: table_of_passes(dtype)
-        )
-    check("whole steps against the reference on the CPU in float64", whole_steps)
-    check("the same bits from run to run", same_bits)
-    check("a step never waits for the device", no_synchronisation)
-    check("a captured step replays as it ran", graph_capture)
-    check("launches per gradient evaluation", launches)
+    for backend in BACKENDS:
+        if reason := BACKENDS_BY_NAME[backend].why_not():
+            rows.append((f"{backend}: everything", "absent", reason))
+            continue
+        for dtype in DTYPES:
+            check(
+                f"{backend}: every pass and rule against the reference in float64: {dtype}",
+                lambda dtype=dtype, backend=backend: table_of_passes(dtype, backend),
+            )
+        for what, action in {
+            "whole steps against the reference on the CPU in float64": whole_steps,
+            "the same bits from run to run": same_bits,
+            "a step never waits for the device": no_synchronisation,
+            "a captured step replays as it ran": graph_capture,
+            "launches per gradient evaluation": launches,
+        }.items():
+            check(f"{backend}: {what}", lambda action=action, backend=backend: action(backend))
+    if not BACKENDS_BY_NAME["cuda"].why_not():
+        check("cuda: compute-sanitizer finds nothing", sanitized)
     for name, shapes in sets().items():
         check(f"own work, {name}", lambda shapes=shapes: own_work(shapes))
     width = max(len(what) for what, _, _ in rows)
@@ -59,14 +73,15 @@ def check(what: str, action: Callable[[], str]) -> None:
 
 
 class OnGpu:
-    """The Triton passes for arguments in host memory: they are taken to the GPU, at the same alignment, and back."""
+    """A backend's passes for arguments in host memory: they are taken to the GPU, at the same alignment, and back."""
+
+    def __init__(self, backend: str) -> None:
+        self.kernels, self.__name__ = BACKENDS_BY_NAME[backend], f"{backend} on the GPU"
 
     def __getattr__(self, name: str) -> Callable[..., None]:
-        from lookbehind_fused.kernels import triton
-
         def call(**arguments: Any) -> None:
             moved = {key: value if key == "table" else self.move(value) for key, value in arguments.items()}
-            getattr(triton, name)(**moved)
+            getattr(self.kernels, name)(**moved)
             for key in arguments:
                 for there, here in zip(listed(moved[key]), listed(arguments[key]), strict=True):
                     if isinstance(here, Tensor) and key != "table":
@@ -74,8 +89,6 @@ class OnGpu:
 
         call.__name__ = name
         return call
-
-    __name__ = "triton on the GPU"
 
     def move(self, value: Any) -> Any:
         if isinstance(value, list):
@@ -90,15 +103,17 @@ def listed(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [value]
 
 
-def table_of_passes(dtype: str) -> str:
+def table_of_passes(dtype: str, backend: str, sample: int = 1) -> str:
+    """The table of passes, or every ``sample``-th case of it."""
     from tests.passes import VARIANTS, cases
 
-    number, backend = 0, OnGpu()
+    number, on_gpu = 0, OnGpu(backend)
     for name, rule in VARIANTS:
         for case in cases(getattr(torch, dtype), name, rule):
-            case.check(backend)
             number += 1
-    return f"{number} cases"
+            if number % sample == 0:
+                case.check(on_gpu)
+    return f"{number // sample} cases"
 
 
 SETTINGS = [
@@ -131,12 +146,12 @@ def trained(
     return torch.cat([p.detach().flatten() for p in params]).double().cpu()
 
 
-def whole_steps() -> str:
+def whole_steps(backend: str) -> str:
     worst = 0.0
     for base, settings in itertools.product(BASES, SETTINGS):
         expected = trained("cpu", "reference", base, settings, torch.float64)
         for dtype, bound in ((torch.float64, 1e-12), (torch.float32, 3 * 2e-6)):
-            found = trained("cuda", "triton", base, settings, dtype)
+            found = trained("cuda", backend, base, settings, dtype)
             error = float((found - expected).abs().max() / expected.abs().max())
             if not error <= bound:
                 raise AssertionError(f"{base[0].__name__} {settings} {dtype}: {error:.1e} > {bound:.1e}")
@@ -144,12 +159,25 @@ def whole_steps() -> str:
     return f"{len(BASES) * len(SETTINGS)} settings, largest error in float32 {worst:.1e}"
 
 
-def same_bits() -> str:
+def same_bits(backend: str) -> str:
     settings = {"k": 3, "alpha": "adaptive"}
-    runs = [trained("cuda", "triton", BASES[0], settings, torch.float32, steps=5) for _ in range(5)]
+    runs = [trained("cuda", backend, BASES[0], settings, torch.float32, steps=5) for _ in range(5)]
     if not all(torch.equal(run, runs[0]) for run in runs):
         raise AssertionError("five runs differ")
     return "5 runs"
+
+
+def sanitized() -> str:
+    """A sample of the passes on the CUDA kernels under compute-sanitizer, in a process of its own."""
+    if not shutil.which("compute-sanitizer"):
+        return "not looked for: there is no compute-sanitizer"
+    code = "from tests.gpu_check import table_of_passes; print(table_of_passes('float32', 'cuda', sample=11))"
+    for tool in ("memcheck", "racecheck", "synccheck"):
+        command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", sys.executable, "-c", code]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise AssertionError(f"{tool}: {(done.stdout + done.stderr)[-2000:]}")
+    return "memcheck, racecheck, synccheck"
 
 
 # ---- without the host ------------------------------------------------------------------------------------------------
@@ -169,13 +197,13 @@ class Work:
                 p.grad = g
 
 
-def fused(params: list[nn.Parameter], **settings: Any) -> Lookbehind:
-    return Lookbehind(params, torch.optim.SGD, lr=1e-3, momentum=0.9, backend="triton", **settings)
+def fused(params: list[nn.Parameter], backend: str, **settings: Any) -> Lookbehind:
+    return Lookbehind(params, torch.optim.SGD, lr=1e-3, momentum=0.9, backend=backend, **settings)
 
 
-def no_synchronisation() -> str:
+def no_synchronisation(backend: str) -> str:
     for settings in ({"k": 2}, {"k": 3, "alpha": "adaptive"}, {"k": 2, "max_grad_norm": 1.0}):
-        work = Work([(300, 200), (77,)], lambda params, settings=settings: fused(params, **settings))
+        work = Work([(300, 200), (77,)], lambda params, settings=settings: fused(params, backend, **settings))
         work.step()
         work.step()
         torch.cuda.set_sync_debug_mode("error")
@@ -186,8 +214,8 @@ def no_synchronisation() -> str:
     return "static, adaptive, clipped"
 
 
-def graph_capture() -> str:
-    captured, eager = (Work([(300, 200), (77,)], lambda params: fused(params, k=2)) for _ in range(2))
+def graph_capture(backend: str) -> str:
+    captured, eager = (Work([(300, 200), (77,)], lambda params: fused(params, backend, k=2)) for _ in range(2))
     for theirs, ours in zip([*eager.params, *eager.grads], [*captured.params, *captured.grads], strict=True):
         theirs.data.copy_(ours.data)
     stream = torch.cuda.Stream()
@@ -209,10 +237,10 @@ def graph_capture() -> str:
     return "3 steps, then 4 replays, as 7 steps"
 
 
-def launches() -> str:
+def launches(backend: str) -> str:
     found = []
     for count in (1, 10_000):
-        work = Work([(16,)] * count, lambda params: fused(params, k=2))
+        work = Work([(16,)] * count, lambda params: fused(params, backend, k=2))
         work.step()
         work.step()
         torch.cuda.synchronize()
@@ -247,7 +275,9 @@ def own_work(shapes: list[tuple[int, ...]]) -> str:
     if elements > 1e8:
         names = ["foreach"]
     works = {name: Work(shapes, lambda params, name=name: CONTENDERS[name](params, settings)) for name in names}
-    works["triton"] = Work(shapes, lambda params: fused(params, k=2))
+    ours = [backend for backend in BACKENDS if not BACKENDS_BY_NAME[backend].why_not()]
+    for backend in ours:
+        works[backend] = Work(shapes, lambda params, backend=backend: fused(params, backend, k=2))
     x, y = (torch.ones(elements, device="cuda") for _ in range(2))
     runs: dict[str, Callable[[], Any]] = {name: work.step for name, work in works.items()}
     runs["copy"] = lambda: y.copy_(x)
@@ -267,12 +297,13 @@ def own_work(shapes: list[tuple[int, ...]]) -> str:
             torch.cuda.synchronize()
             seconds[name].append(start.elapsed_time(end) / 1e3 / repeats)
     parts = []
-    for name in names:
-        spread = ratios(seconds[name], seconds["triton"])
-        parts.append(f"{name} / triton {spread.median:.2f} ({spread.low:.2f} to {spread.high:.2f})")
-    moved = [bytes_moved(settings) * elements / s for s in seconds["triton"]]
     copied = [8 * elements / s for s in seconds["copy"]]
-    parts.append(f"bandwidth / copy {ratios(moved, copied).median:.2f}")
+    for backend in ours:
+        for name in names:
+            spread = ratios(seconds[name], seconds[backend])
+            parts.append(f"{name} / {backend} {spread.median:.2f} ({spread.low:.2f} to {spread.high:.2f})")
+        moved = [bytes_moved(settings) * elements / s for s in seconds[backend]]
+        parts.append(f"bandwidth of {backend} / copy {ratios(moved, copied).median:.2f}")
     return "; ".join(parts)
 
 

@@ -7,21 +7,21 @@ from types import ModuleType
 
 import torch
 
-from . import native, reference, triton
+from . import cuda, native, reference, triton
 from .schema import SCHEMAS, Flag
 
 __all__ = ["BACKENDS", "SCHEMAS", "Flag", "resolve"]
 
-BACKENDS: dict[str, ModuleType] = {"reference": reference, "native": native, "triton": triton}
+BACKENDS: dict[str, ModuleType] = {"reference": reference, "native": native, "triton": triton, "cuda": cuda}
 
 # What "auto" takes for tensors on a device, the fastest first; any device has the reference.
-AUTO: dict[str, tuple[str, ...]] = {"cpu": ("native", "reference"), "cuda": ("triton", "reference")}
+AUTO: dict[str, tuple[str, ...]] = {"cpu": ("native", "reference"), "cuda": ("triton", "cuda", "reference")}
 
 
 def resolve(backend: str, device: torch.device | None = None) -> ModuleType:
     """The module whose functions are the passes for tensors on ``device``; None: on any that it may serve.
 
-    ``"auto"`` is the fastest that there is, and warns once when a faster one is missing.
+    ``"auto"`` is the fastest that there is, and warns once when that is the reference for want of a faster one.
 
     Raises:
         ValueError: ``backend`` is neither ``"auto"`` nor a name in ``BACKENDS``, or has no kernels for the device.
@@ -44,12 +44,12 @@ def resolve(backend: str, device: torch.device | None = None) -> ModuleType:
 
 
 def _fastest(device: torch.device) -> ModuleType:
-    for name in AUTO.get(device.type, ("reference",)):
-        module = BACKENDS[name]
-        if not module.why_not():
-            return module
-        _warn_once(f"backend 'auto' uses the slower 'reference': {module.why_not()}; {module.REMEDY}")
-    return reference
+    modules = [BACKENDS[name] for name in AUTO.get(device.type, ("reference",))]
+    chosen = next(module for module in modules if not module.why_not())
+    if chosen is reference and len(modules) > 1:
+        reasons = "; or ".join(f"{module.why_not()}; {module.REMEDY}" for module in modules[:-1])
+        _warn_once(f"backend 'auto' uses the slower 'reference': {reasons}")
+    return chosen
 
 
 _warned: set[str] = set()

@@ -35,6 +35,7 @@ class Plan:
             buffers, its address.
         chunks: int32 (programs, 2): each program's tensor and its number within that tensor.
         grads: int64 (tensors,): the gradients' addresses.
+        elements, row_count: what flat buffers, and what has a row for each tensor, have at the least.
         partials, tensor_sums, counters: float64 for up to 3 sums a program and a tensor; int32, zero between launches.
     """
 
@@ -66,6 +67,7 @@ class Plan:
         addresses = torch.tensor([p.data_ptr() for p in params], dtype=torch.int64)
         self._upload(torch.cat([table[:, :ADDRESS], addresses[:, None]], 1), self.rows)
         self.strides = [p.stride() for p in params]
+        self.elements, self.row_count = int((table[:, 1] + table[:, 2]).max()), int(table[:, 0].max()) + 1
         self.version = table._version
 
     def point_at(self, params: Sequence[Tensor], grads: Sequence[Tensor]) -> list[Tensor]:
@@ -103,8 +105,6 @@ class Plan:
         if to.is_cuda and torch.cuda.is_current_stream_capturing():
             self.captured.append(values)  # every replay of the graph reads it again
 
-
-PLANS: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # by ``table``
 
 PLANS: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # by ``table``
 

@@ -1,0 +1,248 @@
+// The passes: a block of threads computes one chunk of one tensor. What differs from call to call and costs nothing on
+// kernels that wait for memory is decided as they run: ASAM, clipping, which buffers there are. Compiled once for each
+// dtype of parameters (kernels_*.cu).
+#pragma once
+
+#include "../numbers.h"
+#include "memory.cuh"
+#include "sums.cuh"
+
+namespace lookbehind_fused {
+namespace cuda {
+
+// 64 registers: four blocks run on a multiprocessor, each thread with up to seven 16-byte loads under way. Adam in
+// double would spill some of them: 128.
+#define LOOKBEHIND_KERNEL __global__ void __launch_bounds__(kThreads, sizeof(P) == 8 ? 2 : 4)
+
+// ASAM or not, as the kernels decide it.
+template <class T>
+__device__ __forceinline__ T scaling(bool adapts, T w, T eta) {
+  return adapts ? lookbehind_fused::scaling<true>(w, eta) : T(1);
+}
+
+template <class P>
+LOOKBEHIND_KERNEL reduce_sq_norm(const __grid_constant__ Arguments a) {
+  using T = typename Compute<P>::type;
+  __shared__ Chunk<P> chunk;
+  if (threadIdx.x == 0) chunk = Chunk<P>(a);
+  __syncthreads();
+  const bool adapts = a.flags & kAdaptive;
+  const T eta = T(a.hyper[kEta]);
+  T scaled = 0, plain = 0;
+  walk(chunk, [&](auto width, int i) {
+    constexpr int N = width.value;
+    T g[N], w[N] = {};
+    read(g, chunk.grad + i);
+    if (adapts && a.perturbed) read(w, chunk.in(a.perturbed, i));
+    if (adapts && !a.perturbed) read(w, chunk.param + i);
+    for (int j = 0; j < N; ++j) {
+      plain += g[j] * g[j];
+      const T x = scaling(adapts, w[j], eta) * g[j];
+      scaled += x * x;
+    }
+  });
+  double sums[] = {double(scaled), double(plain)};
+  add_up(a, chunk, sums);
+}
+
+template <class T>
+struct Ascent {
+  T factor, eta;
+  bool adapts, skips;  // skips: the gradient is not finite
+  __device__ __forceinline__ Ascent(const Arguments& a, const SqNorms& norms) {
+    factor = T(ascent_factor(a.hyper, norms)), eta = T(a.hyper[kEta]);
+    adapts = a.flags & kAdaptive, skips = a.flags & kSkips && !norms.finite();
+  }
+  Ascent() = default;
+  __device__ __forceinline__ T operator()(T w, T g) const {
+    if (skips) return w;
+    return adapts ? ascended<true>(w, g, factor, eta) : ascended<false>(w, g, factor, eta);
+  }
+};
+
+// Moves the perturbed weights; where there is ``slow``, keeps the weights there first.
+template <class P>
+LOOKBEHIND_KERNEL ascend(const __grid_constant__ Arguments a) {
+  using T = typename Compute<P>::type;
+  __shared__ Chunk<P> chunk;
+  __shared__ Ascent<T> ascent;
+  if (threadIdx.x == 0) {
+    chunk = Chunk<P>(a);
+    ascent = Ascent<T>(a, SqNorms(a.sq_norms, a.buckets));
+  }
+  __syncthreads();
+  walk(chunk, [&](auto width, int i) {
+    constexpr int N = width.value;
+    T g[N], w[N];
+    read(g, chunk.grad + i);
+    if (a.slow || !a.perturbed)
+      read(w, chunk.param + i);
+    else
+      read(w, chunk.in(a.perturbed, i));
+    if (a.slow) write(chunk.in(a.slow, i), w);
+    for (int j = 0; j < N; ++j) w[j] = ascent(w[j], g[j]);
+    if (a.perturbed) write(chunk.in(a.perturbed, i), w);
+    write(chunk.param + i, w);
+  });
+}
+
+template <class T, class Update>
+struct Descent {
+  Update update;
+  T scale, alpha;
+  bool derives, skips;
+  float step;  // how many updates the tensor has had after this one
+  __device__ __forceinline__ Descent(const Arguments& a, const SqNorms& norms, int64_t row) {
+    derives = a.flags & kDerives, skips = a.flags & kSkips && !norms.finite();
+    scale = T(gradient_scale(a.hyper, norms, a.flags)), alpha = T(a.hyper[kAlpha]);
+    step = a.steps_from[row] + 1;
+    set_rule(update, a.hyper + kOfRule, a.flags, int(step));
+    if (skips) step -= 1;
+  }
+  Descent() = default;
+  // Moves w and the state. Returns the fast weight before, which may have to be derived first. The numbers are read
+  // from shared memory for every element: kept from one to the next, they would take registers from loads.
+  __device__ __forceinline__ T operator()(T& w, T g, T* state) const {
+    asm volatile("" ::: "memory");
+    if constexpr (Update::kDerives)
+      if (derives) update.derive(w, state);
+    const T before = w;
+    if (!skips) update(w, g * scale, state);
+    return before;
+  }
+};
+
+// Every pass that descends: what happens to the moved fast weights is the only difference. ``slow`` is null where
+// ``fast_from`` holds the slow weights, at inner step 1 and where the fast ones are derived.
+template <class P, class Update, Pass kPass>
+LOOKBEHIND_KERNEL descend(const __grid_constant__ Arguments a) {
+  using T = typename Compute<P>::type;
+  constexpr int kStates = Update::kStates;
+  constexpr bool kAscends = kPass == Pass::descend_ascend, kAligns = kPass == Pass::descend_align;
+  constexpr bool kHasOrigin = kAligns || kPass == Pass::descend_interpolate;
+  __shared__ Chunk<P> chunk;
+  __shared__ Descent<T, Update> descent;
+  __shared__ Ascent<T> ascent;
+  if (threadIdx.x == 0) {
+    chunk = Chunk<P>(a);
+    const SqNorms norms(a.sq_norms, a.buckets);
+    descent = Descent<T, Update>(a, norms, chunk.row);
+    if (chunk.number == 0) a.steps[chunk.row] = descent.step;
+    if (kAscends) ascent = Ascent<T>(a, norms);
+  }
+  __syncthreads();
+  T ab = 0, aa = 0, bb = 0;
+  walk(chunk, [&](auto width, int i) {
+    constexpr int N = width.value;
+    T g[N], w[N], state[kStates + 1][N], x[N], origin[N], fast_1[N];
+    read(g, chunk.grad + i);
+    read(w, chunk.in(a.fast_from, i));
+    for (int s = 0; s < kStates; ++s) read(state[s], chunk.in(a.state_from[s], i));
+    if (kAscends && a.perturbed) read(x, chunk.in(a.perturbed, i));
+    if (kAscends && !a.perturbed) read(x, chunk.param + i);
+    copy(origin, w);
+    if (kHasOrigin && a.slow) read(origin, chunk.in(static_cast<const void*>(a.slow), i));
+    for (int j = 0; j < N; ++j) {
+      T own[kStates + 1];
+      for (int s = 0; s < kStates; ++s) own[s] = state[s][j];
+      fast_1[j] = descent(w[j], g[j], own);
+      for (int s = 0; s < kStates; ++s) state[s][j] = own[s];
+      if (kAscends) x[j] = ascent(x[j], g[j]);
+      if (kPass == Pass::descend_interpolate) x[j] = interpolated(origin[j], w[j], descent.alpha);
+      if (kAligns) x[j] = w[j];
+    }
+    for (int s = 0; s < kStates; ++s) write(chunk.in(a.state[s], i), state[s]);
+    if (!kHasOrigin && a.fast) write(chunk.in(a.fast, i), w);
+    if ((kAscends || kAligns) && a.perturbed) write(chunk.in(a.perturbed, i), x);
+    if (kAscends || kHasOrigin) write(chunk.param + i, x);
+    if (kAligns && a.first) read(fast_1, chunk.in(a.first, i));  // so late for want of registers
+    for (int j = 0; kAligns && j < N; ++j) {
+      const T to_first = fast_1[j] - origin[j], to_last = w[j] - origin[j];
+      ab += to_first * to_last, aa += to_first * to_first, bb += to_last * to_last;
+    }
+  });
+  if constexpr (kAligns) {
+    double sums[] = {double(ab), double(aa), double(bb)};
+    add_up(a, chunk, sums);
+  }
+}
+
+// New weights between slow and fast_k with alpha*.
+template <class P>
+LOOKBEHIND_KERNEL interpolate(const __grid_constant__ Arguments a) {
+  using T = typename Compute<P>::type;
+  __shared__ Chunk<P> chunk;
+  __shared__ T alpha;
+  if (threadIdx.x == 0) {
+    chunk = Chunk<P>(a);
+    const bool per_tensor = a.flags & kPerTensor;
+    double sums[3] = {};
+#pragma unroll 1
+    for (int64_t i = per_tensor ? chunk.row : 0; i < (per_tensor ? chunk.row + 1 : a.buckets); ++i)
+      for (int t = 0; t < 3; ++t) sums[t] += a.sums[3 * i + t];
+    alpha = T(adaptive_alpha(sums[0], sums[1], sums[2]));
+  }
+  __syncthreads();
+  walk(chunk, [&](auto width, int i) {
+    constexpr int N = width.value;
+    T slow[N], fast[N];
+    read(slow, chunk.in(static_cast<const void*>(a.slow), i));
+    if (a.perturbed)
+      read(fast, chunk.in(a.perturbed, i));
+    else
+      read(fast, chunk.param + i);
+    for (int j = 0; j < N; ++j) fast[j] = interpolated(slow[j], fast[j], alpha);
+    write(chunk.param + i, fast);
+  });
+}
+
+// ---- which kernel, and its launch -----------------------------------------------------------------------------------
+
+using Kernel = void (*)(Arguments);
+
+template <class P, class Update>
+Kernel find_descent(Pass pass) {
+  switch (pass) {
+    case Pass::descend:
+      return descend<P, Update, Pass::descend>;
+    case Pass::descend_ascend:
+      return descend<P, Update, Pass::descend_ascend>;
+    case Pass::descend_interpolate:
+      return descend<P, Update, Pass::descend_interpolate>;
+    default:
+      return descend<P, Update, Pass::descend_align>;
+  }
+}
+
+template <class P>
+Kernel find(Pass pass, Rule rule) {
+  using T = typename Compute<P>::type;
+  if (pass == Pass::reduce_sq_norm) return reduce_sq_norm<P>;
+  if (pass == Pass::ascend) return ascend<P>;
+  if (pass == Pass::interpolate) return interpolate<P>;
+  switch (rule) {
+    case Rule::sgd:
+      return find_descent<P, Sgd<T, 0>>(pass);
+    case Rule::sgd_momentum:
+      return find_descent<P, Sgd<T, 1>>(pass);
+    case Rule::adam:
+      return find_descent<P, Adam<T, 0>>(pass);
+    case Rule::adam_amsgrad:
+      return find_descent<P, Adam<T, 1>>(pass);
+    default:
+      return find_descent<P, NoRule<T>>(pass);
+  }
+}
+
+template <class P>
+const char* launch(Pass pass, Rule rule, Arguments arguments, uint32_t blocks, void* stream) {
+  void* given[] = {&arguments};
+  const void* kernel = reinterpret_cast<const void*>(find<P>(pass, rule));
+  cudaError_t error =
+      cudaLaunchKernel(kernel, dim3(blocks), dim3(kThreads), given, 0, static_cast<cudaStream_t>(stream));
+  if (error == cudaSuccess) error = cudaGetLastError();
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+}  // namespace cuda
+}  // namespace lookbehind_fused

@@ -1,0 +1,11 @@
+#include "kernels.cuh"
+
+namespace lookbehind_fused {
+namespace cuda {
+
+const char* launch_f16(Pass pass, Rule rule, const Arguments& arguments, uint32_t blocks, void* stream) {
+  return launch<__half>(pass, rule, arguments, blocks, stream);
+}
+
+}  // namespace cuda
+}  // namespace lookbehind_fused

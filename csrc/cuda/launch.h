@@ -1,0 +1,49 @@
+// What a kernel is given, and how it is launched: all that ops.cpp, which is compiled with torch's headers, and the
+// kernels, which are not, have in common.
+#pragma once
+
+#include <stdint.h>
+
+#include "../cpu/chunk.h"
+
+namespace lookbehind_fused {
+namespace cuda {
+
+constexpr int kChunk = 4096;  // elements of a block of threads
+
+// Addresses in device memory; null where a pass has no use for them. lookbehind_fused/kernels/device.py says what the
+// tables hold. Flat buffers are in the type that is computed in.
+struct Arguments {
+  const int64_t* rows;    // of each tensor: its row in steps and sums, the start and size of its slice, its address
+  const int32_t* chunks;  // of each block: its tensor and its number within that tensor
+  const int64_t* grads;   // of each tensor: its gradient's address
+  void* perturbed;
+  void* slow;
+  void* fast;
+  const void* fast_from;
+  const void* first;
+  void* state[kMaxStates];
+  const void* state_from[kMaxStates];
+  float* steps;
+  const float* steps_from;
+  const double* sq_norms;
+  int64_t buckets;  // rows of sq_norms, or of sums
+  const double* hyper;
+  const double* sums;
+  double* partials;     // room for a sum of each block,
+  double* tensor_sums;  // and for one of each tensor
+  int32_t* counters;    // 1 + tensors, zero before and after a launch
+  int32_t tensors;
+  double* out;  // the sums
+  int64_t flags;
+};
+
+// Launch a pass on ``stream`` (a cudaStream_t) with ``blocks`` blocks. Returns null, or CUDA's message if it does not
+// take the launch.
+const char* launch_f64(Pass pass, Rule rule, const Arguments& arguments, uint32_t blocks, void* stream);
+const char* launch_f32(Pass pass, Rule rule, const Arguments& arguments, uint32_t blocks, void* stream);
+const char* launch_bf16(Pass pass, Rule rule, const Arguments& arguments, uint32_t blocks, void* stream);
+const char* launch_f16(Pass pass, Rule rule, const Arguments& arguments, uint32_t blocks, void* stream);
+
+}  // namespace cuda
+}  // namespace lookbehind_fused

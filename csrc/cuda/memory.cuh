@@ -1,0 +1,132 @@
+// Where the elements of a block's chunk are, and how threads read and write them.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include "launch.h"
+
+namespace lookbehind_fused {
+namespace cuda {
+
+constexpr int kThreads = 256;
+
+// The type that is computed in, and that of the flat buffers.
+template <class P>
+struct Compute {
+  using type = float;
+};
+template <>
+struct Compute<double> {
+  using type = double;
+};
+
+__device__ __forceinline__ float widened(__nv_bfloat16 x) { return __bfloat162float(x); }
+__device__ __forceinline__ float widened(__half x) { return __half2float(x); }
+__device__ __forceinline__ float widened(float x) { return x; }
+__device__ __forceinline__ double widened(double x) { return x; }
+
+__device__ __forceinline__ void round_to(__nv_bfloat16& to, float x) { to = __float2bfloat16_rn(x); }
+__device__ __forceinline__ void round_to(__half& to, float x) { to = __float2half_rn(x); }
+__device__ __forceinline__ void round_to(float& to, float x) { to = x; }
+__device__ __forceinline__ void round_to(double& to, double x) { to = x; }
+
+// What is read or written in one access of so many bytes.
+template <int kBytes>
+struct Access;
+template <>
+struct Access<16> {
+  using type = uint4;
+};
+template <>
+struct Access<8> {
+  using type = uint2;
+};
+template <>
+struct Access<4> {
+  using type = unsigned int;
+};
+template <>
+struct Access<2> {
+  using type = unsigned short;
+};
+
+// N consecutive elements in one access, as the compute type.
+template <int N, class P, class T>
+__device__ __forceinline__ void read(T (&to)[N], const P* from) {
+  __builtin_assume(__isGlobal(from));
+  const auto bits = *reinterpret_cast<const typename Access<sizeof(P) * N>::type*>(from);
+  P elements[N];
+  memcpy(elements, &bits, sizeof(bits));
+  for (int j = 0; j < N; ++j) to[j] = widened(elements[j]);
+}
+
+template <int N, class P, class T>
+__device__ __forceinline__ void write(P* to, const T (&from)[N]) {
+  P elements[N];
+  for (int j = 0; j < N; ++j) round_to(elements[j], from[j]);
+  typename Access<sizeof(P) * N>::type bits;
+  memcpy(&bits, elements, sizeof(bits));
+  __stwb(reinterpret_cast<typename Access<sizeof(P) * N>::type*>(to), bits);  // the default, but never taken apart
+}
+
+template <int N, class T>
+__device__ __forceinline__ void copy(T (&to)[N], const T (&from)[N]) {
+  for (int j = 0; j < N; ++j) to[j] = from[j];
+}
+
+// The chunk of this block. In shared memory it leaves registers to loads.
+template <class P>
+struct Chunk {
+  using T = typename Compute<P>::type;
+  static constexpr int kWide = 16 / sizeof(T);  // consecutive elements of a thread where a chunk is walked in vectors
+  static constexpr int kBlock = kThreads * kWide;
+  int32_t tensor, number;  // which tensor's, and which of the tensor's
+  int64_t row, size;       // of the tensor
+  int64_t start;           // of the chunk in the flat buffers
+  P* param;                // the chunk's first element
+  const P* grad;
+  int wide, count;  // elements that are walked in vectors, and all
+
+  Chunk() = default;
+  __device__ __forceinline__ explicit Chunk(const Arguments& a) {
+    tensor = a.chunks[2 * int64_t(blockIdx.x)], number = a.chunks[2 * int64_t(blockIdx.x) + 1];
+    const int64_t* of_tensor = a.rows + 4 * int64_t(tensor);
+    const int64_t begin = int64_t(number) * kChunk, address = of_tensor[3];
+    const int64_t gradient = a.grads ? a.grads[tensor] : address;
+    row = of_tensor[0], size = of_tensor[2], start = of_tensor[1] + begin;
+    param = reinterpret_cast<P*>(address) + begin, grad = reinterpret_cast<const P*>(gradient) + begin;
+    count = size - begin < kChunk ? int(size - begin) : kChunk;
+    wide = ((address | gradient | start * int64_t(sizeof(T))) & 15) == 0 ? count / kBlock * kBlock : 0;
+  }
+
+  // The number of blocks that the tensor has.
+  __device__ __forceinline__ int32_t blocks() const {
+    return size > kChunk ? int32_t((size + kChunk - 1) / kChunk) : 1;
+  }
+
+  // The chunk's element i in a flat buffer.
+  __device__ __forceinline__ T* in(void* buffer, int i) const { return static_cast<T*>(buffer) + (start + i); }
+  __device__ __forceinline__ const T* in(const void* buffer, int i) const {
+    return static_cast<const T*>(buffer) + (start + i);
+  }
+};
+
+template <int N>
+struct Width {
+  static constexpr int value = N;
+};
+
+// Call f(Width<N>, i) for all of this thread's runs of N elements, from element i of the chunk on: vectors as far as
+// addresses and size allow, then one at a time.
+template <class P, class F>
+__device__ __forceinline__ void walk(const Chunk<P>& chunk, const F& f) {
+  constexpr int kWide = Chunk<P>::kWide, kBlock = Chunk<P>::kBlock;
+#pragma unroll 1
+  for (int i = threadIdx.x * kWide; i < chunk.wide; i += kBlock) f(Width<kWide>(), i);
+#pragma unroll 1
+  for (int i = chunk.wide + threadIdx.x; i < chunk.count; i += kThreads) f(Width<1>(), i);
+}
+
+}  // namespace cuda
+}  // namespace lookbehind_fused

@@ -1,0 +1,203 @@
+"""The CUDA kernels without a GPU: compiled by nvcc, looked at, and executed as compiled.
+
+``gpusim`` executes them; where it is not on PYTHONPATH, or there is no nvcc, these tests are skipped. What is executed
+runs in a process of its own (``tests.cuda_cases``).
+"""
+
+import re
+import shutil
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+from lookbehind_fused import Lookbehind
+from lookbehind_fused.kernels import SCHEMAS, cuda, native, reference, resolve, triton
+from tests.cuda_build import CAPABILITIES, Build, missing
+from tests.test_triton import ROOT, run
+
+needs_tools = pytest.mark.skipif(bool(missing()), reason=f"needs {missing()}")
+
+# every how manieth case of the table: all of them take half an hour (CONTRIBUTING)
+EXECUTED = [("sm90", "float32", 23), ("sm80", "bfloat16", 61), ("sm100", "float16", 59), ("sm100", "float64", 67)]
+
+
+@needs_tools
+@pytest.mark.parametrize(("where", "dtype", "sample"), EXECUTED)
+def test_the_table_on_executed_code(where: str, dtype: str, sample: int) -> None:
+    """Each pass against the reference in float64, through the ops and their checks: every address, every barrier, no
+    two blocks at one element, gradients read-only.
+    """
+    printed = run("tests.cuda_cases", where, "--dtype", dtype, "--sample", str(sample))
+    assert re.search(r"^[1-9]\d* cases, 0 failed$", printed, re.MULTILINE)
+
+
+@needs_tools
+@pytest.mark.parametrize("instead", ["--many", "--bytes", "--refused"])
+def test_what_is_not_in_the_table(instead: str) -> None:
+    """1 to 300 tensors and 257 chunks; bytes of each array; arguments that are refused."""
+    printed = run("tests.cuda_cases", "sm90", instead)
+    assert re.search(r"^[1-9]\d* cases, 0 failed$", printed, re.MULTILINE)
+
+
+@needs_tools
+def test_whole_steps_on_executed_code() -> None:
+    """The optimizer on compiled kernels: base optimizers, k, alpha, ASAM and clipping in turn."""
+    printed = run("tests.cuda_cases", "sm80", "--steps", "--sample", "37")
+    assert re.search(r"^[1-9]\d* cases, 0 failed$", printed, re.MULTILINE)
+
+
+@needs_tools
+def test_more_programs_than_fit_32_bits() -> None:
+    """A tensor of 3e9 elements: its last chunk is where it should be."""
+    printed = run("tests.cuda_cases", "sm90", "--far")
+    assert "the last chunk of 3,000,000,001 elements is at its place" in printed
+
+
+# what: the file, before, after, with which options it is run
+MUTANTS = {
+    "no barrier between the sums of the warps": (
+        "sums.cuh",
+        "  __syncthreads();\n  for (int t = 0; t < kTerms; ++t) {\n    x[t] = 0;",
+        "  for (int t = 0; t < kTerms; ++t) {\n    x[t] = 0;",
+        "--passes reduce_sq_norm",
+    ),
+    "no tail": ("memory.cuh", "i < chunk.count; i += kThreads", "i < chunk.wide; i += kThreads", "--passes ascend"),
+    "every address taken for aligned": (
+        "memory.cuh",
+        "((address | gradient | start * int64_t(sizeof(T))) & 15) == 0",
+        "count > 0",
+        "--passes ascend",
+    ),
+    "two buffers swapped": (
+        "kernels.cuh",
+        "chunk.in(a.state_from[s], i)",
+        "chunk.in(a.state_from[kStates - 1 - s], i)",
+        "--passes descend --sample 37",
+    ),
+    "a counter not put back": ("sums.cuh", "if (last) *counter = 0;", "", "--passes reduce_sq_norm"),
+    "the last chunk for the last block": (
+        "sums.cuh",
+        "if (!is_last(a.counters + 1 + chunk.tensor, blocks)) return;",
+        "if (chunk.number + 1 < blocks) return;",
+        "--passes reduce_sq_norm",
+    ),
+    "offsets of 32 bits": (
+        "memory.cuh",
+        "int64_t(number) * kChunk",
+        "int64_t(int32_t(uint32_t(number) * kChunk))",
+        "--far",
+    ),
+    "one norm alone decides whether a step is skipped": (
+        "numbers.h",
+        "scaled - scaled == 0 && plain - plain == 0",
+        "scaled - scaled == 0",
+        "--passes ascend",
+    ),
+    "the gradient's scale is left out": ("kernels.cuh", "update(w, g * scale, state)", "update(w, g, state)",
+                                         "--passes descend --sample 37"),
+    "an op leaves out a buffer": ("ops.cpp", 'a.first = launch.buffer("first", first);', "",
+                                  "--passes descend_align --sample 23"),
+}  # fmt: skip
+
+
+@needs_tools
+@pytest.mark.parametrize("mutant", MUTANTS)
+def test_a_mutant_is_seen(mutant: str, tmp_path: Path) -> None:
+    """The table of passes notices each of these in the kernels and their ops."""
+    name, before, after, options = MUTANTS[mutant]
+    for folder in ("csrc", "lookbehind_fused", "tests"):
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    source = tmp_path / "csrc" / "cuda" / name
+    text = source.read_text()
+    assert text.count(before) == 1, mutant
+    source.write_text(text.replace(before, after))
+    command = [sys.executable, "-m", "tests.cuda_cases", "sm90", "--alone", "--most", "6", *options.split()]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 1, done.stdout + done.stderr[-2000:]
+    assert re.search(r"[1-9]\d* failed|PTXError", done.stdout + done.stderr), done.stderr[-2000:]
+
+
+# ---- machine code ----------------------------------------------------------------------------------------------------
+
+
+def disassembled(cubin: Path) -> dict[str, str]:
+    """The machine code of each kernel."""
+    from gpusim.aot import NVBIN
+
+    command = [f"{NVBIN}/nvdisasm", "-c", str(cubin)]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return dict(re.findall(r"^\.text\.(\w+):\n(.*?)(?=^\.text\.|\Z)", printed, re.DOTALL | re.MULTILINE))
+
+
+@needs_tools
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "float64"])
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_registers_spills_and_wide_accesses(capability: int, dtype: str, tmp_path: Path) -> None:
+    """At most 64 registers (128 in double), no stack, little shared memory, and no access of 16 bytes of the PTX that
+    the machine code takes apart.
+    """
+    build = Build()
+    cubin = tmp_path / "kernels.cubin"
+    cubin.write_bytes(build.cubin(dtype, capability))
+    used = build.resources(dtype, capability)
+    assert len(used) == 3 + 4 * 5  # reduce_sq_norm, ascend, interpolate; each descent for each rule
+    for name, of_kernel in used.items():
+        assert of_kernel["reg"] <= (128 if dtype == "float64" else 64), name
+        assert of_kernel["stack"] == 0, name
+        assert of_kernel["shared"] < 4096, name
+    code = disassembled(cubin)
+    ptx = build.ptx(dtype, capability)
+    for name in used:
+        kernel = ptx[ptx.index(f".entry {name}(") :]
+        kernel = kernel[: kernel.index("\n}\n")]
+        for load_or_store, machine in (("ld", "LDG"), ("st", "STG")):
+            wide = re.findall(rf"{load_or_store}\.global\.(?:wb\.)?(?:v4\.[uf]32|v2\.f64)", kernel)
+            assert len(wide) == len(re.findall(rf"{machine}\.E\.(?:\w+\.)*128", code[name])), f"{name}: {machine}"
+        assert re.search(r"ld\.global\.v", kernel), name
+
+
+# ---- the backend -----------------------------------------------------------------------------------------------------
+
+
+def test_cpu_tensors_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By name and with what is there."""
+    monkeypatch.setattr(cuda, "unavailable", None)
+    p = torch.nn.Parameter(torch.ones(3))
+    optimizer = Lookbehind([p], torch.optim.SGD, lr=0.1, backend="cuda")
+    refused = "backend: expected one with kernels for tensors on cpu, got 'cuda', which is for CUDA GPUs"
+    with pytest.raises(ValueError, match=refused):
+        optimizer.step(lambda: p.square().sum().backward())
+    assert torch.equal(p.detach(), torch.ones(3))
+
+
+def test_a_library_without_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reason and what helps; "auto" goes on to what there is."""
+    monkeypatch.setattr(cuda, "unavailable", "_native.abi3.so was built without CUDA")
+    refused = "backend: 'cuda' is not available: _native.abi3.so was built without CUDA; install the CUDA toolkit"
+    with pytest.raises(RuntimeError, match=refused):
+        Lookbehind([torch.nn.Parameter(torch.ones(3))], torch.optim.SGD, lr=0.1, backend="cuda")
+    monkeypatch.setattr(triton, "why_not", lambda: "triton is not installed")
+    with pytest.warns(UserWarning, match="uses the slower 'reference': triton is not installed; .*; or _native"):
+        assert resolve("auto", torch.device("cuda")) is reference
+
+
+def test_auto_takes_triton_then_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither is said to be slow: nobody is warned."""
+    monkeypatch.setattr(cuda, "unavailable", None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for why_not, chosen in ((None, triton), ("triton is not installed", cuda)):
+            monkeypatch.setattr(triton, "why_not", lambda why_not=why_not: why_not)
+            assert resolve("auto", torch.device("cuda")) is chosen
+
+
+def test_the_ops_of_the_package_serve_gpus() -> None:
+    """Where the library has kernels for them: the same ops as for CPUs."""
+    for name in SCHEMAS:
+        op = getattr(torch.ops.lookbehind_fused, name).default
+        assert op.has_kernel_for_dispatch_key(torch._C.DispatchKey.CUDA) == (cuda.why_not() is None)
+        assert op.has_kernel_for_dispatch_key(torch._C.DispatchKey.CPU) == (native.why_not() is None)
