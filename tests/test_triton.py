@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from lookbehind_fused import Lookbehind
-from lookbehind_fused.kernels import SCHEMAS, Flag, device, triton
+from lookbehind_fused.kernels import SCHEMAS, Flag, cuda, device, triton
 from tests.passes import DESCENTS, Case
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -206,13 +206,16 @@ def test_cpu_tensors_are_refused() -> None:
 # ---- the ops ---------------------------------------------------------------------------------------------------------
 
 
-def test_the_compiler_takes_the_ops_as_they_are() -> None:
+@pytest.mark.parametrize(
+    ("backend", "namespace"), [(triton, "lookbehind_fused_triton"), (cuda, "lookbehind_fused")], ids=["triton", "cuda"]
+)
+def test_the_compiler_takes_the_ops_as_they_are(backend: Any, namespace: str) -> None:
     """Fake CUDA tensors, one graph without a break, each pass a call of its own in it."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     graphs: list[torch.fx.GraphModule] = []
 
-    def backend(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+    def kept(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
         graphs.append(graph)
         return graph.forward
 
@@ -224,11 +227,11 @@ def test_the_compiler_takes_the_ops_as_they_are() -> None:
         hyper = torch.empty(9, dtype=torch.float64, device="cuda")
         steps, table = torch.empty(1, **on_gpu), torch.empty(1, 6, dtype=torch.int64)
 
-        @torch.compile(fullgraph=True, backend=backend)
+        @torch.compile(fullgraph=True, backend=kept)
         def step() -> None:
             common = {"params": [p], "grads": [g], "table": table, "hyper": hyper, "flags": 0}
-            triton.ascend(**common, perturbed=None, slow=slow, sq_norms=norms, row=0)
-            triton.descend_interpolate(
+            backend.ascend(**common, perturbed=None, slow=slow, sq_norms=norms, row=0)
+            backend.descend_interpolate(
                 **common, slow=slow, fast=slow, state=[state], state_from=[], steps=steps, steps_from=None,
                 sq_norms=None, rule="sgd",
             )  # fmt: skip
@@ -237,9 +240,9 @@ def test_the_compiler_takes_the_ops_as_they_are() -> None:
     torch._dynamo.reset()
     (graph,) = graphs
     called = [str(node.target) for node in graph.graph.nodes if node.op == "call_function"]
-    assert [name for name in called if "lookbehind_fused_triton" in name] == [
-        "lookbehind_fused_triton.ascend.default",
-        "lookbehind_fused_triton.descend_interpolate.default",
+    assert [name for name in called if "lookbehind_fused" in name] == [
+        f"{namespace}.ascend.default",
+        f"{namespace}.descend_interpolate.default",
     ]
 
 
