@@ -70,7 +70,7 @@ BAD_ARGUMENTS = [
     *[("k", value, r"int|>= 1|at least 1") for value in (0, -1, 1.5, 2.0, True, "2", None, math.nan)],
     *[("alpha", value, "adaptive") for value in (0, -0.1, 1.1, math.nan, math.inf, "adaptve", "", None, True)],
     *[("alpha_scope", value, "global.*tensor") for value in ("layer", "", None, 1)],
-    *[("backend", value, "reference") for value in ("fast", "Native", "metal", "cuda", "", None, 1)],
+    *[("backend", value, "reference") for value in ("fast", "Native", "metal", "CUDA", "", None, 1)],
     *[("nonfinite", value, r'"propagate" or "skip"') for value in ("ignore", None, True)],
     *[("grad_scale", value, "a finite number > 0") for value in (0, -2.0, math.nan, math.inf, "a", True, None)],
     *[("max_grad_norm", value, r"> 0|positive|above 0") for value in (0, -1, math.nan, math.inf, "a")],
