@@ -16,22 +16,17 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 class Settings(NamedTuple):
-    """What one outer step is run with; the arguments of ``Lookbehind``."""
+    """What one outer step is run with: the arguments of ``Lookbehind``, and what is the same in all of its evaluations
+    (``evaluations.StepPlan``).
+    """
 
     k: int
     alpha: float | str
     alpha_scope: str
     max_grad_norm: float | None
     nonfinite: str
-    descends_once: bool
+    descents: int
     averages: bool
-
-    @property
-    def descents(self) -> int:
-        """How often the base optimizer moves the fast weights: at each inner step, or once with the last gradient or
-        (``averages``) the mean of all.
-        """
-        return 1 if self.descends_once else self.k
 
     @property
     def skips(self) -> bool:
@@ -44,9 +39,7 @@ class Settings(NamedTuple):
 
     @property
     def aligns(self) -> bool:
-        """Whether alpha is found from fast_1 and fast_k. With one descent they are the same, so
-        alpha* = 1.
-        """
+        """Whether alpha is found from fast_1 and fast_k. With one descent they are the same, so alpha* = 1."""
         return self.alpha == "adaptive" and self.descents > 1
 
     @property
@@ -54,10 +47,8 @@ class Settings(NamedTuple):
         return 1.0 if isinstance(self.alpha, str) else float(self.alpha)
 
 
-def checked_settings(
-    k: int, alpha: float | str, alpha_scope: str, max_grad_norm: float | None, nonfinite: str, *once: bool
-) -> Settings:
-    """``Settings``, once every one of them is acceptable; ``once`` are the last two.
+def check_settings(k: int, alpha: float | str, alpha_scope: str, max_grad_norm: float | None, nonfinite: str) -> None:
+    """Refuse what ``Settings`` cannot be made of.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
@@ -74,7 +65,6 @@ def checked_settings(
         raise _wrong("max_grad_norm", "None or a finite number > 0", max_grad_norm, (numbers.Real,))
     if nonfinite not in ("propagate", "skip"):
         raise _wrong("nonfinite", '"propagate" or "skip"', nonfinite, (str,))
-    return Settings(k, alpha, alpha_scope, max_grad_norm, nonfinite, *once)
 
 
 def check_grad_scale(value: Any) -> None:

@@ -235,7 +235,7 @@ class Bucket:
         self._read_numbers(settings, "on device" if scaled_on_device else grad_scale)
         self.unscale = self.hyper[UNSCALE] if scaled_on_device or grad_scale != 1 else None
         if scaled_on_device:
-            self.unscale.copy_(grad_scale.detach().view(()).double().reciprocal(), non_blocking=True)
+            self.unscale.copy_(grad_scale.detach().reshape(()).double().reciprocal(), non_blocking=True)
 
     def _read_numbers(self, settings: Settings, grad_scale: float | str) -> None:
         group = self.group
@@ -247,7 +247,7 @@ class Bucket:
                 self.rule.flags(group),
                 settings.nonfinite,
                 grad_scale,
-                settings.k,
+                settings.averages and settings.k,
             ),
         )
         if values == self.group_values:
@@ -258,7 +258,10 @@ class Bucket:
         hyper = (group["rho"], group["eta"], settings.static_alpha, clip, unscale, *self.rule.hyper(group))
         self._set(self.hyper, hyper)
         # The mean of gradients is what SGD makes of weights at 0 with a learning rate of -1 / k.
-        self._set(self.mean_hyper, (group["rho"], group["eta"], 1.0, float("inf"), 1.0, -1 / settings.k, 0.0, 0.0, 0.0))
+        if settings.averages:
+            self._set(
+                self.mean_hyper, (group["rho"], group["eta"], 1.0, float("inf"), 1.0, -1 / settings.k, 0.0, 0.0, 0.0)
+            )
         per_tensor = Flag.PER_TENSOR * (settings.alpha_scope == "tensor")
         switches = Flag.ADAPTIVE * group["adaptive"] + per_tensor + Flag.SKIPS * settings.skips
         self.flags = int(self.rule.flags(group) + switches)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import NamedTuple
 
 
 @dataclass(frozen=True)
@@ -34,8 +35,18 @@ class Evaluation:
     odd: bool
 
 
+class StepPlan(NamedTuple):
+    """The evaluations of an outer step in their order; how often the base optimizer descends in it, and whether with
+    the mean of several gradients.
+    """
+
+    evaluations: tuple[Evaluation, ...]
+    descents: int
+    averages: bool
+
+
 @lru_cache
-def lookbehind(k: int, reuse_gradient: bool) -> tuple[Evaluation, ...]:
+def lookbehind(k: int, reuse_gradient: bool) -> StepPlan:
     """k ascents, each followed by a descent. In the 2k form each inner step evaluates its gradient for the ascent again
     (Mordido et al. 2024, algorithm 1).
     """
@@ -44,13 +55,13 @@ def lookbehind(k: int, reuse_gradient: bool) -> tuple[Evaluation, ...]:
         uses.append((i, True, reuse_gradient and i < k))
         if not reuse_gradient and i < k:
             uses.append((i + 1, False, True))
-    return _numbered(uses)
+    return _planned(uses)
 
 
 @lru_cache
-def multistep(k: int, average: bool) -> tuple[Evaluation, ...]:
+def multistep(k: int, average: bool) -> StepPlan:
     """k ascents, then a single descent with the last gradient, or with the mean of those behind (Kim et al. 2023)."""
-    return _numbered([(1, False, True), *((i, False, True) for i in range(1, k)), (k, True, False)], average)
+    return _planned([(1, False, True), *((i, False, True) for i in range(1, k)), (k, True, False)], average)
 
 
 @lru_cache
@@ -59,15 +70,15 @@ def with_mean(evaluation: Evaluation) -> Evaluation:
     return replace(evaluation, index=evaluation.index + 1, gathers=False)
 
 
-def _numbered(uses: Sequence[tuple[int, bool, bool]], gathers: bool = False) -> tuple[Evaluation, ...]:
-    """Evaluations from the inner step of each, whether it descends and whether it ascends."""
+def _planned(uses: Sequence[tuple[int, bool, bool]], averages: bool = False) -> StepPlan:
+    """From the inner step of each evaluation, whether it descends and whether it ascends."""
     descents = sum(descends for _, descends, _ in uses)
     number, found = 0, []
     for index, (inner_step, descends, ascends) in enumerate(uses):
         number += descends
         found.append(
             Evaluation(
-                *(index, inner_step, descends, ascends, gathers and index > 0),
+                *(index, inner_step, descends, ascends, averages and index > 0),
                 perturbed=index > 0,
                 first=descends and number == 1,
                 second=descends and number == 2,
@@ -75,4 +86,4 @@ def _numbered(uses: Sequence[tuple[int, bool, bool]], gathers: bool = False) -> 
                 odd=descends and number % 2 == 1,
             )
         )
-    return tuple(found)
+    return StepPlan(tuple(found), descents, averages)

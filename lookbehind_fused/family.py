@@ -10,7 +10,7 @@ from torch.optim.optimizer import ParamsT
 from . import evaluations
 from .arguments import check_bool
 from .base import GROUP_DEFAULTS
-from .evaluations import Evaluation
+from .evaluations import StepPlan
 from .optimizer import Lookbehind
 
 
@@ -96,12 +96,8 @@ class MultistepSAM(Lookbehind):
         self.average = average
         super().__init__(params, base_optimizer, rho=rho, k=k, alpha=1.0, **settings)
 
-    def _plan(self, reuse_gradient: bool) -> tuple[Evaluation, ...]:
+    def _plan(self, reuse_gradient: bool) -> StepPlan:
         return evaluations.multistep(self.k, self.average)
-
-    @property
-    def _once(self) -> tuple[bool, bool]:  # type: ignore[override]
-        return True, self.average
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "average": self.average}

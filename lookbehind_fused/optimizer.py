@@ -20,12 +20,12 @@ from .arguments import (
     check_grad_scale,
     check_group,
     check_parameters,
-    checked_settings,
+    check_settings,
     name_of,
 )
 from .base import GROUP_DEFAULTS, OwnStep, keep_when_loading, rule_of
 from .buckets import Bucket, Gathered, Scalars
-from .evaluations import Evaluation
+from .evaluations import Evaluation, StepPlan
 from .kernels.reference import adaptive_alpha, finite, total_norm
 
 # Attributes of an open step and of what is rebuilt when needed: neither copied nor pickled.
@@ -127,7 +127,7 @@ class Lookbehind(Optimizer):
         group_defaults = {"rho": rho, "adaptive": adaptive, "eta": eta}
         check_group(group_defaults)
         check_bool("reuse_gradient", reuse_gradient)
-        checked_settings(k, alpha, alpha_scope, max_grad_norm, nonfinite, *self._once)
+        check_settings(k, alpha, alpha_scope, max_grad_norm, nonfinite)
         check_grad_scale(grad_scale)
         kernels.resolve(backend)
         base = _build_base(params, base_optimizer, base_kwargs)
@@ -152,9 +152,6 @@ class Lookbehind(Optimizer):
                 "backend": backend,
             }
         )
-
-    # Whether the base optimizer moves the fast weights at the last inner step alone, and if so with the mean gradient.
-    _once = (False, False)
 
     # GradScaler then says so when it calls step(), which raises: unscaled behind our back the gradients would be wrong.
     _step_supports_amp_scaling = True
@@ -306,7 +303,7 @@ class Lookbehind(Optimizer):
         """
         if self._remaining is None:
             self._run_pre_hooks()
-            self._begin(list(self._plan(reuse_gradient=False)))
+            self._begin(list(self._plan(reuse_gradient=False).evaluations))
         self._half_step("ascent_step()", "descent_step()", ascends=True)
 
     def descent_step(self) -> None:
@@ -367,12 +364,12 @@ class Lookbehind(Optimizer):
 
     # ---- the loop ----
 
-    def _plan(self, reuse_gradient: bool) -> tuple[Evaluation, ...]:
+    def _plan(self, reuse_gradient: bool) -> StepPlan:
         """What one outer step evaluates."""
         return evaluations.lookbehind(self.k, reuse_gradient)
 
     def _outer_step(self, apply: bool = True) -> Iterator[Evaluation]:
-        plan = self._plan(self.reuse_gradient)
+        plan = self._plan(self.reuse_gradient).evaluations
         this_step: list[Evaluation] = []
         self._begin(this_step)
         try:
@@ -543,8 +540,11 @@ class Lookbehind(Optimizer):
 
     def _read_settings(self) -> Settings:
         check_grad_scale(self.grad_scale)
-        now = (self.k, self.alpha, self.alpha_scope, self.max_grad_norm, self.nonfinite, *self._once)
-        return self._settings if now == self._settings else checked_settings(*now)
+        given = (self.k, self.alpha, self.alpha_scope, self.max_grad_norm, self.nonfinite)
+        if self._settings is None or given != self._settings[: len(given)]:
+            check_settings(*given)
+        plan = self._plan(self.reuse_gradient)
+        return Settings(*given, plan.descents, plan.averages)
 
     def _ids_of_state(self) -> list[int]:
         """The identity of every value in the base's state: what was replaced, loaded, added or removed shows here."""

@@ -5,9 +5,7 @@ runs in a process of its own (``tests.cuda_cases``).
 """
 
 import re
-import shutil
 import subprocess
-import sys
 import warnings
 from pathlib import Path
 
@@ -17,7 +15,8 @@ import torch
 from lookbehind_fused import Lookbehind
 from lookbehind_fused.kernels import SCHEMAS, cuda, native, reference, resolve, triton
 from tests.cuda_build import CAPABILITIES, Build, missing
-from tests.test_triton import ROOT, run
+from tests.mutants import assert_noticed, assert_passed, cases_of, copied_to, mutate
+from tests.test_triton import run
 
 needs_tools = pytest.mark.skipif(bool(missing()), reason=f"needs {missing()}")
 
@@ -104,24 +103,17 @@ MUTANTS = {
 }  # fmt: skip
 
 
-def cases_of(folder: Path, options: str) -> subprocess.CompletedProcess:
-    """What a copy of the package in ``folder`` makes of the cases that a mutant is run on."""
-    command = [sys.executable, "-m", "tests.cuda_cases", "sm90", "--alone", "--most", "6", *options.split()]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=600)
-
-
-def copied_to(folder: Path) -> None:
-    for name in ("csrc", "lookbehind_fused", "tests"):
-        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+def options_of(options: str) -> list[str]:
+    """Of ``tests.cuda_cases``."""
+    return ["sm90", "--alone", "--most", "6", *options.split()]
 
 
 @needs_tools
 def test_what_is_no_mutant_passes(tmp_path: Path) -> None:
     """The cases below fail because of the mutation and of nothing else."""
-    copied_to(tmp_path)
+    folder = copied_to(tmp_path, "csrc", "lookbehind_fused", "tests")
     for options in {options for *_, options in MUTANTS.values()}:
-        done = cases_of(tmp_path, options)
-        assert done.returncode == 0, f"{options}: {done.stdout}{done.stderr[-2000:]}"
+        assert_passed(cases_of(folder, "tests.cuda_cases", options_of(options)))
 
 
 @needs_tools
@@ -129,14 +121,9 @@ def test_what_is_no_mutant_passes(tmp_path: Path) -> None:
 def test_a_mutant_is_seen(mutant: str, tmp_path: Path) -> None:
     """The table of passes notices each of these in the kernels and their ops."""
     name, before, after, options = MUTANTS[mutant]
-    copied_to(tmp_path)
-    source = tmp_path / "csrc" / "cuda" / name
-    text = source.read_text()
-    assert text.count(before) == 1, mutant
-    source.write_text(text.replace(before, after))
-    done = cases_of(tmp_path, options)
-    assert done.returncode == 1, done.stdout + done.stderr[-2000:]
-    assert re.search(r"PTXError|AssertionError", done.stdout + done.stderr), done.stdout + done.stderr[-2000:]
+    folder = copied_to(tmp_path, "csrc", "lookbehind_fused", "tests")
+    mutate(folder / "csrc" / "cuda" / name, before, after)
+    assert_noticed(cases_of(folder, "tests.cuda_cases", options_of(options)))
 
 
 # ---- machine code ----------------------------------------------------------------------------------------------------

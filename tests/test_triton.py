@@ -7,7 +7,6 @@ own (``tests.triton_cases``).
 import importlib.util
 import os
 import re
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -20,9 +19,9 @@ from torch import Tensor
 
 from lookbehind_fused import Lookbehind
 from lookbehind_fused.kernels import SCHEMAS, Flag, cuda, device, triton
+from tests.mutants import ROOT, assert_noticed, assert_passed, cases_of, copied_to, mutate
 from tests.passes import DESCENTS, Case
 
-ROOT = Path(__file__).resolve().parent.parent
 MISSING = [name for name in ("triton", "gpusim") if importlib.util.find_spec(name) is None]
 pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"needs {' and '.join(MISSING)} on PYTHONPATH")
 
@@ -144,39 +143,26 @@ MUTANTS = {
 }
 
 
-def cases_of(folder: Path, where: str, what: str) -> subprocess.CompletedProcess:
-    """What a copy of the package in ``folder`` makes of the cases that a mutant is run on."""
+def options_of(where: str, what: str) -> list[str]:
+    """Of ``tests.triton_cases``."""
     sample = "12" if what == "descend" else "1"  # the first rules have no state
-    arguments = [where, what] if what == "--far" else [where, "--passes", what, "--sample", sample, "--most", "9"]
-    command = [sys.executable, "-m", "tests.triton_cases", *arguments]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=600)
-
-
-def copied_to(folder: Path) -> None:
-    for name in ("lookbehind_fused", "tests"):
-        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    return [where, what] if what == "--far" else [where, "--passes", what, "--sample", sample, "--most", "9"]
 
 
 def test_what_is_no_mutant_passes(tmp_path: Path) -> None:
     """The cases below fail because of the mutation and of nothing else."""
-    copied_to(tmp_path)
+    folder = copied_to(tmp_path, "lookbehind_fused", "tests")
     for where, what in {(where, what) for _, _, where, what in MUTANTS.values()}:
-        done = cases_of(tmp_path, where, what)
-        assert done.returncode == 0, f"{where} {what}: {done.stdout}{done.stderr[-2000:]}"
+        assert_passed(cases_of(folder, "tests.triton_cases", options_of(where, what)))
 
 
 @pytest.mark.parametrize("mutant", MUTANTS)
 def test_a_mutant_is_seen(mutant: str, tmp_path: Path) -> None:
     """The table of passes notices each of these in the kernels."""
     before, after, where, what = MUTANTS[mutant]
-    copied_to(tmp_path)
-    source = tmp_path / "lookbehind_fused" / "kernels" / "triton_kernels.py"
-    text = source.read_text()
-    assert text.count(before) == 1, mutant
-    source.write_text(text.replace(before, after))
-    done = cases_of(tmp_path, where, what)
-    assert done.returncode == 1, done.stderr[-2000:]
-    assert re.search(r"PTXError|AssertionError", done.stdout + done.stderr), done.stdout + done.stderr[-2000:]
+    folder = copied_to(tmp_path, "lookbehind_fused", "tests")
+    mutate(folder / "lookbehind_fused" / "kernels" / "triton_kernels.py", before, after)
+    assert_noticed(cases_of(folder, "tests.triton_cases", options_of(where, what)))
 
 
 # ---- traffic ---------------------------------------------------------------------------------------------------------
