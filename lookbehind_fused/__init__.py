@@ -2,7 +2,8 @@
 
 from .evaluations import Evaluation
 from .family import ASAM, SAM, MultistepSAM
+from .lookahead import Lookahead
 from .optimizer import Lookbehind
 
-__all__ = ["ASAM", "SAM", "Evaluation", "Lookbehind", "MultistepSAM"]
+__all__ = ["ASAM", "SAM", "Evaluation", "Lookahead", "Lookbehind", "MultistepSAM"]
 __version__ = "0.1.0.dev0"

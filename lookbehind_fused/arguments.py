@@ -53,10 +53,7 @@ def check_settings(k: int, alpha: float | str, alpha_scope: str, max_grad_norm: 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
     """
-    if not isinstance(k, int) or isinstance(k, bool):
-        raise TypeError(f"k: expected an int >= 1, got {k!r}")
-    if k < 1:
-        raise ValueError(f"k: expected an int >= 1, got {k!r}")
+    check_count("k", k)
     if alpha != "adaptive" and not (_is_number(alpha) and 0 < alpha <= 1):
         raise _wrong("alpha", 'a number in (0, 1] or "adaptive"', alpha, (numbers.Real, str))
     if alpha_scope not in ("global", "tensor"):
@@ -84,6 +81,20 @@ def check_group(group: dict[str, Any], where: str = "") -> None:
         if not (_is_number(value) and 0 <= value < math.inf):
             raise _wrong(f"{where}[{name!r}]" if where else name, "a finite number >= 0", value, (numbers.Real,))
     check_bool(f"{where}['adaptive']" if where else "adaptive", group["adaptive"])
+
+
+def check_count(name: str, value: Any) -> None:
+    """Refuse anything but an int >= 1."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name}: expected an int >= 1, got {value!r}")
+    if value < 1:
+        raise ValueError(f"{name}: expected an int >= 1, got {value!r}")
+
+
+def check_fraction(name: str, value: Any) -> None:
+    """Refuse anything but a number in (0, 1]."""
+    if not (_is_number(value) and 0 < value <= 1):
+        raise _wrong(name, "a number in (0, 1]", value, (numbers.Real,))
 
 
 def check_bool(name: str, value: Any) -> None:

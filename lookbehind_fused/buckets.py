@@ -122,7 +122,7 @@ class Bucket:
         self.layouts = [layout(p) for p in params]
         self.all_rows = range(len(params))
         self.everyone = frozenset(self.all_rows)
-        self.table, self.size = self._make_table()
+        self.table, self.size = flat_layout(params, self.buffer_dtype)
         self.buffers: dict[str, Tensor] = {}
         scalars = self.device if kernels.SCALARS_ON_DEVICE else torch.device("cpu")
         self.steps = torch.zeros(len(params), device=scalars)
@@ -138,12 +138,6 @@ class Bucket:
         self.entries: list[dict[str, Tensor]] = [{} for _ in params]  # ours in base.state[p], by name
         self.untouched = set(self.everyone)  # rows whose base state is all zeros and not published
         self.stand_ins: list[Tensor] = []  # views of ``fast`` for a base optimizer without a rule
-
-    def _make_table(self) -> tuple[Tensor, int]:
-        unit = ALIGNMENT // self.buffer_dtype.itemsize
-        starts = [0, *accumulate(-(-p.numel() // unit) * unit for p in self.params)]
-        size = starts.pop()
-        return tensor_table(self.params, starts), size
 
     # ---- opening and closing a step ----
 
@@ -573,7 +567,7 @@ class Bucket:
     def view(self, name: str, row: int) -> Tensor:
         """One tensor's slice of a flat buffer, in the tensor's shape and strides."""
         shape, _, _, strides = self.layouts[row]
-        return self.buffers[name].as_strided(shape, strides, int(self.table[row, 1]))
+        return flat_view(self.buffers[name], self.table, row, shape, strides)
 
     def _params(self, rows: Sequence[int]) -> list[Tensor]:
         return self.params if len(rows) == len(self.params) else [self.params[row] for row in rows]
@@ -649,7 +643,22 @@ class Bucket:
         }
 
 
-# ---- tensors ---------------------------------------------------------------------------------------------------------
+# ---- flat buffers ----------------------------------------------------------------------------------------------------
+
+
+def flat_layout(params: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, int]:
+    """The table (``kernels.schema``) of tensors whose slices lie one after the other in flat buffers of a dtype, and
+    the size of such a buffer in elements.
+    """
+    unit = ALIGNMENT // dtype.itemsize
+    starts = [0, *accumulate(-(-p.numel() // unit) * unit for p in params)]
+    size = starts.pop()
+    return tensor_table(params, starts), size
+
+
+def flat_view(buffer: Tensor, table: Tensor, row: int, shape: Sequence[int], strides: Sequence[int]) -> Tensor:
+    """One tensor's slice of a flat buffer, in the tensor's shape and strides."""
+    return buffer.as_strided(shape, strides, int(table[row, 1]))
 
 
 def working(name: str) -> str:

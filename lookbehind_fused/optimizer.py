@@ -131,7 +131,7 @@ class Lookbehind(Optimizer):
         check_grad_scale(grad_scale)
         kernels.resolve(backend)
         base = _build_base(params, base_optimizer, base_kwargs)
-        check_parameters(*_params_and_names(base.param_groups))
+        check_parameters(*params_and_names(base.param_groups))
         for number, group in enumerate(base.param_groups):
             check_group({**group_defaults, **group}, f"param_groups[{number}]")
         # From here on nothing fails: an instance handed in is changed only if everything about it is acceptable.
@@ -189,7 +189,7 @@ class Lookbehind(Optimizer):
         check_group(own, f"param_groups[{len(self.param_groups)}]")
         self.base_optimizer.add_param_group(param_group)
         try:
-            check_parameters(*_params_and_names(self.param_groups))
+            check_parameters(*params_and_names(self.param_groups))
         except ValueError:
             self.param_groups.pop()
             raise
@@ -565,7 +565,7 @@ class Lookbehind(Optimizer):
 
     def _build_buckets(self, settings: Settings) -> None:
         members: dict[tuple, list[tuple[int, str, Tensor]]] = {}
-        params, names = _params_and_names(self.param_groups)
+        params, names = params_and_names(self.param_groups)
         check_parameters(params, names)
         indexed = iter(zip(range(len(params)), names, params, strict=True))
         for number, group in enumerate(self.param_groups):
@@ -621,7 +621,7 @@ class Lookbehind(Optimizer):
         state_dict["lookbehind"] = {
             "k": self.k,
             "base_optimizer": type(self.base_optimizer).__name__,
-            "shapes": [list(p.shape) for p in _params_and_names(self.param_groups)[0]],
+            "shapes": [list(p.shape) for p in params_and_names(self.param_groups)[0]],
         }
         return state_dict
 
@@ -648,7 +648,7 @@ class Lookbehind(Optimizer):
             value = state_dict.get(key, {} if key == "lookbehind" else None)
             if not isinstance(value, kind):
                 raise ValueError(f"state_dict: expected a {kind.__name__} under {key!r}, got {value!r}")
-        params, names = _params_and_names(self.param_groups)
+        params, names = params_and_names(self.param_groups)
         saved = state_dict.get("lookbehind", {})
         expected = {"k": self.k, "base_optimizer": type(self.base_optimizer).__name__}
         for key, value in expected.items():
@@ -764,7 +764,8 @@ def _given_base(params: ParamsT | None, base: Optimizer, base_kwargs: dict[str, 
     return base
 
 
-def _params_and_names(groups: list[dict[str, Any]]) -> tuple[list[Tensor], list[str]]:
+def params_and_names(groups: list[dict[str, Any]]) -> tuple[list[Tensor], list[str]]:
+    """All parameters of an optimizer in the order of its groups, and what each is called in messages."""
     params, names = [], []
     for group in groups:
         known = group.get("param_names") or [None] * len(group["params"])

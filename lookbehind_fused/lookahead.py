@@ -1,0 +1,318 @@
+"""Lookahead (Zhang et al. 2019) over any torch optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from . import kernels
+from .arguments import check_count, check_fraction, check_parameters, layout
+from .buckets import flat_layout, flat_view
+from .kernels.schema import ADDRESS
+from .optimizer import Lookbehind, params_and_names
+
+
+class Lookahead(Optimizer):
+    """Lookahead (Zhang et al. 2019, algorithm 1) over any torch optimizer: ``SGD``, ``SAM``, ``ASAM``, ...
+
+    Every step is a step of that optimizer, on a new minibatch, which moves the fast weights: the parameters. Each k-th
+    one is followed by ``slow = params = slow + alpha * (params - slow)``. What is to be evaluated and saved are the
+    slow weights::
+
+        optimizer = Lookahead(SAM(model.parameters(), torch.optim.SGD, lr=0.1), k=5, alpha=0.5)
+        ...
+        optimizer.step(closure)                  # whatever the optimizer's own step takes
+        with optimizer.slow_weights():
+            evaluate(model)
+
+    Every other form of a step that the optimizer has (``evaluations()``, ``first_step()``, ...) is there too.
+
+    Args:
+        optimizer: a torch optimizer, or the class of one, which is built with ``params`` and ``kwargs``.
+        k: inner steps, >= 1: how many steps of the optimizer between two of the slow weights.
+        alpha: slow step size in (0, 1]. With ``k=1, alpha=1`` it is the optimizer itself.
+        params: parameters for a class as ``optimizer``, else None.
+        backend: of ``Lookbehind``; it computes the interpolation.
+        **kwargs: arguments of a class as ``optimizer``.
+
+    Extra memory: one copy of the parameters (float32 for those of 16 bits, and another one at each k-th step).
+
+    Raises:
+        TypeError: an argument has a type that cannot mean anything here.
+        ValueError: an argument or a parameter is not acceptable; the message names it, what was expected and what came.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer | type[Optimizer],
+        k: int = 5,
+        alpha: float = 0.5,
+        *,
+        params: Any = None,
+        backend: str = "auto",
+        **kwargs: Any,
+    ) -> None:
+        check_count("k", k)
+        check_fraction("alpha", alpha)
+        kernels.resolve(backend)
+        if isinstance(optimizer, type) and issubclass(optimizer, Optimizer):
+            own = {"backend": backend} if issubclass(optimizer, Lookbehind) else {}
+            optimizer = optimizer(params, **own, **kwargs)
+        elif params is not None or kwargs:
+            raise TypeError(
+                f"{', '.join(kwargs) or 'params'}: expected only with a class as optimizer, got {optimizer!r}"
+            )
+        if not isinstance(optimizer, Optimizer) or isinstance(optimizer, Lookahead):
+            raise TypeError(f"optimizer: expected a torch optimizer other than Lookahead, got {optimizer!r}")
+        check_parameters(*params_and_names(optimizer.param_groups))
+        self.__setstate__(
+            {"optimizer": optimizer, "k": k, "alpha": alpha, "backend": backend, "inner_step": 0, "slow": None}
+        )
+
+    # ---- one optimizer with the one inside ----
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+        """The optimizer's own parameter groups."""
+        return self.optimizer.param_groups
+
+    @property
+    def state(self) -> dict[Tensor, Any]:  # type: ignore[override]
+        """The optimizer's own state."""
+        return self.optimizer.state
+
+    @property
+    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
+        """The optimizer's own defaults."""
+        return self.optimizer.defaults
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        return getattr(self.optimizer, "_step_supports_amp_scaling", False)
+
+    def __getattr__(self, name: str) -> Any:
+        """What is not here, the optimizer may have."""
+        if name.startswith("_") or "optimizer" not in self.__dict__:
+            raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
+        return getattr(self.optimizer, name)
+
+    def __repr__(self) -> str:
+        return f"Lookahead(k={self.k}, alpha={self.alpha}, {self.optimizer!r})"
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Refused: the slow weights are those of the parameters that there were.
+
+        Raises:
+            RuntimeError: always.
+        """
+        raise RuntimeError(
+            "add_param_group(): expected the parameters that Lookahead was built with, got more; add them to the "
+            "optimizer before, or build a new Lookahead"
+        )
+
+    # ---- steps ----
+
+    def step(self, *args: Any, **kwargs: Any) -> Any:
+        """One step of the optimizer with its own arguments and result; the k-th moves the slow weights too.
+
+        Raises:
+            RuntimeError: parameters were added, removed or replaced since, or the slow weights are in their place.
+        """
+        # GradScaler leaves them on the optimizer that it is given; Lookbehind, whose grad_scale is its own, raises.
+        names = ("found_inf",) if isinstance(self.optimizer, Lookbehind) else ("grad_scale", "found_inf")
+        scaling = {name: self.__dict__[name] for name in names if name in self.__dict__}
+        vars(self.optimizer).update(scaling)
+        try:
+            return self.optimizer.step(*args, **kwargs)
+        finally:
+            for name in scaling:
+                vars(self.optimizer).pop(name, None)
+
+    def _before_step(self, *_: Any) -> None:
+        check_count("k", self.k)
+        check_fraction("alpha", self.alpha)
+        self._require_fast_weights("step()")
+        self._require_same_parameters()
+        unchanged = [copies.are_of_now() for copies in self._copies]
+        if self.inner_step == 0:
+            if not unchanged or not all(unchanged):
+                self._copies = _copies_of(self._tensors, self.backend)
+            for copies in self._copies:
+                copies.keep()
+        elif not all(unchanged):
+            raise RuntimeError(
+                f"a parameter was given another dtype, device or memory layout after {self.inner_step} of {self.k} "
+                "inner steps: expected none, since the slow weights have those of before; change the model where "
+                "inner_step is 0"
+            )
+
+    def _after_step(self, *_: Any) -> None:
+        self.inner_step += 1
+        if self.inner_step >= self.k:
+            for copies in self._copies:
+                copies.interpolate(self.alpha)
+            self.inner_step = 0
+        self._opt_called = True  # LR schedulers look for it
+
+    def _require_fast_weights(self, what: str) -> None:
+        if self._backup is not None:
+            raise RuntimeError(f"{what}: expected outside of slow_weights(), whose weights are not those being trained")
+
+    def _require_same_parameters(self) -> None:
+        now = list(chain.from_iterable(group["params"] for group in self.param_groups))
+        if [*map(id, now)] != [*map(id, self._tensors)]:
+            raise RuntimeError(
+                f"param_groups: expected the {len(self._tensors)} parameters that Lookahead was built with, got "
+                f"{len(now)}, not all the same; build a new Lookahead"
+            )
+
+    # ---- the slow weights ----
+
+    @contextmanager
+    def slow_weights(self) -> Iterator[None]:
+        """Within the block the parameters are the slow weights, to be evaluated or saved; then what they were before,
+        whatever happens.
+
+        Raises:
+            RuntimeError: it is entered a second time, or parameters were added, removed or replaced.
+        """
+        self._require_fast_weights("slow_weights()")
+        self._require_same_parameters()
+        self._backup = [p.detach().clone() for p in self._tensors]
+        try:
+            _copy(self._slow(), self._tensors)
+            yield
+        finally:
+            _copy(self._backup, self._tensors)
+            self._backup = None
+
+    def _slow(self) -> list[Tensor]:
+        """The slow weights of every parameter, in the shapes of the parameters: the parameters themselves between two
+        rounds of k steps.
+        """
+        slow = {id(p): p.detach() for p in self._tensors}
+        if self.inner_step:
+            for copies in self._copies:
+                slow.update(zip(map(id, copies.params), copies.views, strict=True))
+        return [slow[id(p)] for p in self._tensors]
+
+    # ---- saving and loading ----
+
+    def state_dict(self) -> dict[str, Any]:
+        """The optimizer's ``state_dict()``, and under ``"lookahead"`` the slow weights, a tensor for each parameter,
+        with the number of steps since they moved.
+
+        Raises:
+            RuntimeError: within ``slow_weights()``, or as the optimizer's own.
+        """
+        self._require_fast_weights("state_dict()")
+        own = {"k": self.k, "inner_step": self.inner_step, "slow": [w.clone() for w in self._slow()]}
+        return {**self.optimizer.state_dict(), "lookahead": own}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what ``state_dict()`` returned, or a state dict of the optimizer alone: then the parameters as they are
+        are the slow weights.
+
+        Raises:
+            RuntimeError: within ``slow_weights()``, or as the optimizer's own.
+            ValueError: it is of another k or model, or as the optimizer's own; nothing is changed.
+        """
+        self._require_fast_weights("load_state_dict()")
+        own = state_dict.get("lookahead", {}) if isinstance(state_dict, dict) else {}
+        inner_step, slow = own.get("inner_step", 0), own.get("slow", [])
+        if own.get("k", self.k) != self.k:
+            raise ValueError(f"state_dict: expected k {self.k!r} of Lookahead, got {own['k']!r}")
+        if not isinstance(inner_step, int) or not 0 <= inner_step < self.k:
+            raise ValueError(f"state_dict: expected inner_step from 0 to {self.k - 1}, got {inner_step!r}")
+        shapes = [tuple(p.shape) for p in self._tensors]
+        if own and [tuple(w.shape) for w in slow] != shapes:
+            raise ValueError(
+                f"state_dict: expected slow weights of shapes {shapes}, got {[tuple(w.shape) for w in slow]}"
+            )
+        self.optimizer.load_state_dict({key: value for key, value in state_dict.items() if key != "lookahead"})
+        self._take_over(inner_step, slow)
+
+    def _take_over(self, inner_step: int, slow: Sequence[Tensor] | None) -> None:
+        self.inner_step = inner_step
+        self._copies = _copies_of(self._tensors, self.backend) if inner_step else []
+        given = {id(p): w for p, w in zip(self._tensors, slow or [], strict=False)}
+        for copies in self._copies:
+            _copy([given[id(p)] for p in copies.params], copies.views)
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._require_fast_weights("copying or pickling the optimizer")
+        kept = {name: self.__dict__[name] for name in ("optimizer", "k", "alpha", "backend", "inner_step")}
+        return {**kept, "slow": [w.clone() for w in self._slow()] if self.inner_step else None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        own = dict(state)
+        inner_step, slow = own.pop("inner_step"), own.pop("slow")
+        super().__setstate__({**own, "_backup": None})
+        self._tensors = list(chain.from_iterable(group["params"] for group in self.param_groups))
+        self._take_over(inner_step, slow)
+        self.optimizer.register_step_pre_hook(self._before_step)
+        self.optimizer.register_step_post_hook(self._after_step)
+
+
+class _Copies:
+    """The slow weights of the parameters of one device and dtype, in one flat buffer (``buckets``)."""
+
+    def __init__(self, params: list[Tensor], backend: str) -> None:
+        first = params[0]
+        self.params, self.kernels = params, kernels.resolve(backend, first.device)
+        self.dtype = torch.float32 if first.dtype in (torch.bfloat16, torch.float16) else first.dtype
+        self.rounds = self.dtype != first.dtype
+        self.table, size = flat_layout(params, self.dtype)
+        self.layouts = [layout(p) for p in params]
+        self.slow = torch.empty(size, dtype=self.dtype, device=first.device)
+        self.views = self._views_of(self.slow)
+
+    def _views_of(self, buffer: Tensor) -> list[Tensor]:
+        return [
+            flat_view(buffer, self.table, row, shape, strides)
+            for row, (shape, _, _, strides) in enumerate(self.layouts)
+        ]
+
+    def are_of_now(self) -> bool:
+        """Whether the parameters still have the dtypes, devices and strides that the buffer was laid out for."""
+        return [layout(p) for p in self.params] == self.layouts
+
+    def keep(self) -> None:
+        """The slow weights are the parameters as they are now."""
+        _copy(self.params, self.views)
+
+    @torch.no_grad()
+    def interpolate(self, alpha: float) -> None:
+        """``params = slow + alpha * (params - slow)``.
+
+        The pass takes alpha from the angle between two vectors: (cos + 1) / 2.
+        """
+        self.table[:, ADDRESS] = torch.tensor([*map(Tensor.data_ptr, self.params)])
+        fast = None
+        if self.rounds:
+            fast = torch.empty_like(self.slow)
+            _copy(self.params, self._views_of(fast))
+        angle = torch.tensor([[2 * alpha - 1, 1.0, 1.0]], dtype=torch.float64)
+        sums = angle.to(self.slow.device, non_blocking=True)
+        self.kernels.interpolate(
+            params=self.params, perturbed=fast, slow=self.slow, table=self.table, sums=sums, flags=0
+        )
+
+
+@torch.no_grad()
+def _copy(sources: Sequence[Tensor], targets: Sequence[Tensor]) -> None:
+    torch._foreach_copy_(targets, sources)
+
+
+def _copies_of(tensors: Sequence[Tensor], backend: str) -> list[_Copies]:
+    members: dict[tuple, list[Tensor]] = {}
+    for p in tensors:
+        if p.is_floating_point():
+            members.setdefault((p.device, p.dtype), []).append(p)
+    return [_Copies(params, backend) for params in members.values()]
