@@ -4,6 +4,17 @@ from .evaluations import Evaluation
 from .family import ASAM, SAM, MultistepSAM
 from .lookahead import Lookahead
 from .optimizer import Lookbehind
+from .running_stats import running_stats_at_slow
+from .schedules import LambdaSchedule
 
-__all__ = ["ASAM", "SAM", "Evaluation", "Lookahead", "Lookbehind", "MultistepSAM"]
+__all__ = [
+    "ASAM",
+    "SAM",
+    "Evaluation",
+    "LambdaSchedule",
+    "Lookahead",
+    "Lookbehind",
+    "MultistepSAM",
+    "running_stats_at_slow",
+]
 __version__ = "0.1.0.dev0"

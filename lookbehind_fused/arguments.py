@@ -23,10 +23,15 @@ class Settings(NamedTuple):
     k: int
     alpha: float | str
     alpha_scope: str
+    rho_scope: str
     max_grad_norm: float | None
     nonfinite: str
+    microbatches: int
+    ascent_gradient: str
+    reuse_gradient: bool
     descents: int
-    averages: bool
+    means: tuple[str, ...]
+    gathered: int
 
     @property
     def skips(self) -> bool:
@@ -43,11 +48,30 @@ class Settings(NamedTuple):
         return self.alpha == "adaptive" and self.descents > 1
 
     @property
+    def ascents_in_rho(self) -> int:
+        """How many ascents share the radius rho."""
+        return self.k if self.rho_scope == "total" else 1
+
+    @property
     def static_alpha(self) -> float:
         return 1.0 if isinstance(self.alpha, str) else float(self.alpha)
 
 
-def check_settings(k: int, alpha: float | str, alpha_scope: str, max_grad_norm: float | None, nonfinite: str) -> None:
+GIVEN = Settings._fields[: Settings._fields.index("descents")]
+"""Those of ``Settings`` that are arguments, and attributes that may be set between two steps."""
+
+
+def check_settings(
+    k: int,
+    alpha: float | str,
+    alpha_scope: str,
+    rho_scope: str,
+    max_grad_norm: float | None,
+    nonfinite: str,
+    microbatches: int,
+    ascent_gradient: str,
+    reuse_gradient: bool,
+) -> None:
     """Refuse what ``Settings`` cannot be made of.
 
     Raises:
@@ -56,12 +80,24 @@ def check_settings(k: int, alpha: float | str, alpha_scope: str, max_grad_norm: 
     check_count("k", k)
     if alpha != "adaptive" and not (_is_number(alpha) and 0 < alpha <= 1):
         raise _wrong("alpha", 'a number in (0, 1] or "adaptive"', alpha, (numbers.Real, str))
-    if alpha_scope not in ("global", "tensor"):
-        raise _wrong("alpha_scope", '"global" or "tensor"', alpha_scope, (str,))
+    _check_choice("alpha_scope", alpha_scope, "global", "tensor")
+    _check_choice("rho_scope", rho_scope, "step", "total")
     if max_grad_norm is not None and not (_is_number(max_grad_norm) and 0 < max_grad_norm < math.inf):
         raise _wrong("max_grad_norm", "None or a finite number > 0", max_grad_norm, (numbers.Real,))
-    if nonfinite not in ("propagate", "skip"):
-        raise _wrong("nonfinite", '"propagate" or "skip"', nonfinite, (str,))
+    _check_choice("nonfinite", nonfinite, "propagate", "skip")
+    check_count("microbatches", microbatches)
+    _check_choice("ascent_gradient", ascent_gradient, "current", "previous")
+    check_bool("reuse_gradient", reuse_gradient)
+    if ascent_gradient == "previous" and (microbatches > 1 or not reuse_gradient):
+        raise ValueError(
+            "ascent_gradient: expected 'current' with microbatches or reuse_gradient=False, which evaluate gradients "
+            "for the ascent, got 'previous'"
+        )
+
+
+def _check_choice(name: str, value: Any, *choices: str) -> None:
+    if value not in choices:
+        raise _wrong(name, " or ".join(f'"{choice}"' for choice in choices), value, (str,))
 
 
 def check_grad_scale(value: Any) -> None:

@@ -10,7 +10,7 @@ it, and only the last pass of the outer step writes the state itself. So a step 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 
 from .arguments import Settings, check_group, describe, layout
 from .base import Rule
-from .evaluations import Evaluation
+from .evaluations import MEAN, Evaluation
 from .kernels import Flag, reference
 from .kernels.schema import ADDRESS, UNSCALE, tensor_table
 
@@ -64,6 +64,7 @@ class Scalars:
     """
 
     def __init__(self, buckets: Sequence[Bucket], evaluations: int) -> None:
+        self.evaluations = evaluations
         self.devices = [bucket.device for bucket in buckets]
         shape = (evaluations, len(buckets), 2)
         self.sq_norms = {d: torch.zeros(shape, dtype=torch.float64, device=d).unbind() for d in set(self.devices)}
@@ -193,8 +194,8 @@ class Bucket:
             self.derives = derives
             self._allocate(settings)
         self.settings = settings
-        if settings.averages:
-            self.buffers["mean"].zero_()
+        for name in settings.means:
+            self.buffers[name].zero_()
         if moved:
             self.addresses = [*map(Tensor.data_ptr, self.params)]
             self.table[:, ADDRESS] = torch.tensor(self.addresses)
@@ -209,14 +210,13 @@ class Bucket:
             needed.add("fast")
         if settings.aligns and (k > 2 or own_step):  # for k = 2 fast_1 is what the last descent moves
             needed.add("first")
-        if settings.averages:
-            needed.add("mean")
+        needed.update(settings.means)
         if self.low_precision:
             needed.add("perturbed")
         if k > 1:
             needed.update(map(working, self.state_names))
         for name in self.buffers.keys() - needed - set(self.state_names):
-            if name in (*STEP_BUFFERS, "mean") or name.startswith(working("")):
+            if name in STEP_BUFFERS or name.startswith((working(""), MEAN)):
                 del self.buffers[name]
         for name in sorted(needed - self.buffers.keys()):
             self.buffers[name] = torch.empty(self.size, dtype=self.buffer_dtype, device=self.device)
@@ -234,14 +234,15 @@ class Bucket:
     def _read_numbers(self, settings: Settings, grad_scale: float | str) -> None:
         group = self.group
         values = (
-            *(group["rho"], group["eta"], settings.static_alpha, settings.max_grad_norm, *self.rule.hyper(group)),
+            *(group["rho"], settings.ascents_in_rho, group["eta"], settings.static_alpha, settings.max_grad_norm),
+            *self.rule.hyper(group),
             *(
                 group["adaptive"],
                 settings.alpha_scope,
                 self.rule.flags(group),
                 settings.nonfinite,
                 grad_scale,
-                settings.averages and settings.k,
+                settings.gathered,
             ),
         )
         if values == self.group_values:
@@ -249,13 +250,13 @@ class Bucket:
         check_group(group, self.group_name)
         clip = float("inf") if settings.max_grad_norm is None else settings.max_grad_norm
         unscale = 1.0 if isinstance(grad_scale, str) else 1 / grad_scale
-        hyper = (group["rho"], group["eta"], settings.static_alpha, clip, unscale, *self.rule.hyper(group))
+        rho = group["rho"] / settings.ascents_in_rho
+        hyper = (rho, group["eta"], settings.static_alpha, clip, unscale, *self.rule.hyper(group))
         self._set(self.hyper, hyper)
-        # The mean of gradients is what SGD makes of weights at 0 with a learning rate of -1 / k.
-        if settings.averages:
-            self._set(
-                self.mean_hyper, (group["rho"], group["eta"], 1.0, float("inf"), 1.0, -1 / settings.k, 0.0, 0.0, 0.0)
-            )
+        # The mean of n gradients is what SGD makes of weights at 0 with a learning rate of -1 / n.
+        if settings.means:
+            rate = -1 / settings.gathered
+            self._set(self.mean_hyper, (rho, group["eta"], 1.0, float("inf"), 1.0, rate, 0.0, 0.0, 0.0))
         per_tensor = Flag.PER_TENSOR * (settings.alpha_scope == "tensor")
         switches = Flag.ADAPTIVE * group["adaptive"] + per_tensor + Flag.SKIPS * settings.skips
         self.flags = int(self.rule.flags(group) + switches)
@@ -322,9 +323,16 @@ class Bucket:
 
     @torch.no_grad()
     def keep_slow(self) -> None:
-        """Keep all slow weights before evaluation 0, where it is not known when they will be perturbed."""
-        torch._foreach_copy_([self.view("slow", row) for row in self.all_rows], self.params)
+        """Keep all slow weights before the first evaluation, where it is not known when they will be perturbed."""
+        for name in {"slow", "perturbed"} & self.buffers.keys():
+            torch._foreach_copy_([self.view(name, row) for row in self.all_rows], self.params)
         self.joined = self.everyone
+
+    def return_to_slow(self) -> None:
+        """Give the parameters their slow weights, for the next microbatch to ascend from."""
+        rows = self.all_rows if len(self.joined) == len(self.params) else sorted(self.joined)
+        if rows:
+            torch._foreach_copy_(self._params(rows), [self.view("slow", row) for row in rows])
 
     def restore(self) -> None:
         """Abandon the outer step: every tensor that took part gets its slow weights back, wherever it is now."""
@@ -351,9 +359,9 @@ class Bucket:
             late = sorted((self.joined | rows) - self.updated)
         return Gathered(gathered.rows, gathered.grads, carried, late) if carried or late else gathered
 
-    def gather(self) -> Gathered:
-        """The gradients that are there now. Only reads, so that it can be compiled."""
-        grads = [p.grad for p in self.params]
+    def gather(self, previous: Mapping[Tensor, Tensor] | None = None) -> Gathered:
+        """The gradients that are there now, or those in ``previous``. Only reads, so that it can be compiled."""
+        grads = [p.grad for p in self.params] if previous is None else [previous.get(p) for p in self.params]
         present = [grad for grad in grads if grad is not None]
         if len(present) == len(grads):
             return Gathered(self.all_rows, present)
@@ -363,10 +371,10 @@ class Bucket:
         """Note which tensors an evaluation has moved, once its passes are done."""
         rows = self.everyone if len(gathered.rows) == len(self.params) else set(gathered.rows)
         if evaluation.index == 0:
-            self.joined = rows
-        if evaluation.gathers:
+            self.joined = self.joined or rows
+        if evaluation.then:
             rows = self.joined
-        if evaluation.descends:
+        if evaluation.descends or evaluation.then:
             self.updated = self.updated | rows if self.updated else rows
 
     def require_unmoved(self) -> None:
@@ -480,7 +488,7 @@ class Bucket:
         arguments = {
             "params": self._params(gathered.rows),
             "grads": gathered.grads,
-            "fast": self.buffers["mean"],
+            "fast": self.buffers[evaluation.mean],
             "fast_from": None,
             **{"state": [], "state_from": [], "steps": self.working_steps[0], "steps_from": None},
             "table": self._table(gathered.rows),
@@ -494,10 +502,10 @@ class Bucket:
         else:
             self.kernels.descend(sq_norms=sq_norms if self.settings.skips else None, **arguments)
 
-    def mean(self) -> Gathered:
-        """The means of the tensors that had a gradient in this step, in its place."""
+    def mean(self, name: str) -> Gathered:
+        """A mean in the place of the gradient, of the tensors that had one in this step."""
         rows = self.all_rows if len(self.joined) == len(self.params) else sorted(self.joined)
-        return Gathered(rows, [self.view("mean", row).to(self.dtype) for row in rows])
+        return Gathered(rows, [self.view(name, row).to(self.dtype) for row in rows])
 
     def descend_interpolate(self, evaluation: Evaluation, scalars: Scalars, gathered: Gathered) -> None:
         """The last descent, and the new weights between slow and fast with a static alpha."""

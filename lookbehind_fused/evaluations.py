@@ -7,83 +7,154 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import NamedTuple
 
+from torch import Tensor
+
+MEAN = "mean "
+"""What the names of means begin with, which are the names of their buffers."""
+
 
 @dataclass(frozen=True)
 class Evaluation:
     """One gradient evaluation of an outer step.
 
     Attributes:
-        index: 0, 1, ... in the order of evaluation.
+        index: 0, 1, ... in the order of evaluation. With ``ascent_gradient="previous"`` the first is 1.
         inner_step: 1 to k: the inner step whose minibatch is to be used, where the minibatch is switched.
         descends: the base optimizer uses this gradient.
         ascends: the next ascent uses this gradient.
-        gathers: this gradient is part of the mean that the descent uses.
         perturbed: whether the model's weights are perturbed; at evaluation 0 they are the slow weights.
         first, second, last, odd: of an evaluation that descends, whether it is number 1, 2, the last, an odd one of
             those in the step (as booleans: an int that takes several values in compiled code becomes a symbol there).
+        gathers: this gradient is part of a mean that a descent uses.
+        mean: name of that mean, or of the mean that takes this gradient's place.
+        microbatch, microbatches: which part of the minibatch is to be evaluated, from 0, and how many there are.
+        returns: after it the weights are the slow ones again, for the next microbatch.
+        closes: the outer step is complete after it.
+        then: the descents that follow it, each with a mean in the gradient's place.
     """
 
     index: int
     inner_step: int
     descends: bool
     ascends: bool
-    gathers: bool
     perturbed: bool
-    first: bool
-    second: bool
-    last: bool
-    odd: bool
+    first: bool = False
+    second: bool = False
+    last: bool = False
+    odd: bool = False
+    gathers: bool = False
+    mean: str = ""
+    microbatch: int = 0
+    microbatches: int = 1
+    returns: bool = False
+    closes: bool = False
+    then: tuple[Evaluation, ...] = ()
+
+    def part(self, batch: Tensor) -> Tensor:
+        """This evaluation's microbatch: of n examples along the first dimension of ``batch`` the ``microbatch``-th
+        n / ``microbatches``.
+
+        Raises:
+            ValueError: the number of microbatches does not divide n.
+        """
+        size, rest = divmod(len(batch), self.microbatches)
+        if rest:
+            raise ValueError(
+                f"microbatches: expected a number that divides the batch, got {self.microbatches} for a batch of "
+                f"{len(batch)}"
+            )
+        return batch[self.microbatch * size : (self.microbatch + 1) * size]
 
 
 class StepPlan(NamedTuple):
-    """The evaluations of an outer step in their order; how often the base optimizer descends in it, and whether with
-    the mean of several gradients.
+    """The evaluations of an outer step in their order; how often the base optimizer descends in it; the names of the
+    means that it descends with, and of how many gradients each is the mean.
     """
 
     evaluations: tuple[Evaluation, ...]
     descents: int
-    averages: bool
+    means: tuple[str, ...] = ()
+    gathered: int = 1
+
+    @property
+    def norms(self) -> int:
+        """How many gradients and means have a norm."""
+        return len(self.evaluations) + len(self.means)
 
 
 @lru_cache
-def lookbehind(k: int, reuse_gradient: bool) -> StepPlan:
-    """k ascents, each followed by a descent. In the 2k form each inner step evaluates its gradient for the ascent again
-    (Mordido et al. 2024, algorithm 1).
+def lookbehind(k: int, reuse_gradient: bool, microbatches: int = 1) -> StepPlan:
+    """k ascents, each followed by a descent (Mordido et al. 2024, algorithm 1). In the 2k form each inner step
+    evaluates its gradient for the ascent again.
+
+    Several microbatches (m-sharpness: Foret et al. 2021, section 3) each ascend from the slow weights by gradients of
+    their own; the i-th descent uses the mean of their i-th gradients. The ascent does not depend on the descents, which
+    therefore wait for the last microbatch.
     """
     uses = [(1, False, True)]
     for i in range(1, k + 1):
         uses.append((i, True, reuse_gradient and i < k))
         if not reuse_gradient and i < k:
             uses.append((i + 1, False, True))
-    return _planned(uses)
+    if microbatches > 1:
+        return _with_means(uses, range(k), microbatches)
+    return _with_gradients(uses)
 
 
 @lru_cache
 def multistep(k: int, average: bool) -> StepPlan:
     """k ascents, then a single descent with the last gradient, or with the mean of those behind (Kim et al. 2023)."""
-    return _planned([(1, False, True), *((i, False, True) for i in range(1, k)), (k, True, False)], average)
+    if average:
+        return _with_means([(1, False, True), *((i, True, i < k) for i in range(1, k + 1))], [0] * k)
+    return _with_gradients([(1, False, True), *((i, False, True) for i in range(1, k)), (k, True, False)])
 
 
-@lru_cache
-def with_mean(evaluation: Evaluation) -> Evaluation:
-    """The descent of an evaluation that gathers, with the mean instead: its norm has a place of its own."""
-    return replace(evaluation, index=evaluation.index + 1, gathers=False)
+Uses = Sequence[tuple[int, bool, bool]]
+"""The inner step of each evaluation, whether a descent uses it, and whether the next ascent does."""
 
 
-def _planned(uses: Sequence[tuple[int, bool, bool]], averages: bool = False) -> StepPlan:
-    """From the inner step of each evaluation, whether it descends and whether it ascends."""
+def _with_gradients(uses: Uses) -> StepPlan:
+    """Each descent follows its evaluation at once."""
     descents = sum(descends for _, descends, _ in uses)
     number, found = 0, []
     for index, (inner_step, descends, ascends) in enumerate(uses):
-        number += descends
-        found.append(
-            Evaluation(
-                *(index, inner_step, descends, ascends, averages and index > 0),
-                perturbed=index > 0,
-                first=descends and number == 1,
-                second=descends and number == 2,
-                last=descends and number == descents,
-                odd=descends and number % 2 == 1,
+        evaluation = Evaluation(index, inner_step, False, ascends, index > 0, closes=index + 1 == len(uses))
+        if descends:
+            number += 1
+            evaluation = _descent(evaluation, number, descents)
+        found.append(evaluation)
+    return StepPlan(tuple(found), descents)
+
+
+def _with_means(uses: Uses, mean_of: Sequence[int], microbatches: int = 1) -> StepPlan:
+    """All descents follow the last evaluation. ``mean_of``: for each use by a descent, the mean that it is part of."""
+    found: list[Evaluation] = []
+    for microbatch in range(microbatches):
+        means = iter(mean_of)
+        for position, (inner_step, gathers, ascends) in enumerate(uses):
+            at_end = position + 1 == len(uses)
+            more = microbatch + 1 < microbatches
+            found.append(
+                Evaluation(
+                    *(len(found), inner_step, False, ascends, position > 0),
+                    gathers=gathers,
+                    mean=MEAN + str(next(means)) if gathers else "",
+                    **{"microbatch": microbatch, "microbatches": microbatches},
+                    returns=at_end and more,
+                    closes=at_end and not more,
+                )
             )
-        )
-    return StepPlan(tuple(found), descents, averages)
+    count = max(mean_of) + 1
+    end = found.pop()
+    then = [
+        _descent(replace(end, index=end.index + 1 + n, gathers=False, mean=MEAN + str(n)), n + 1, count)
+        for n in range(count)
+    ]
+    found.append(replace(end, then=tuple(then)))
+    return StepPlan(tuple(found), count, tuple(e.mean for e in then), len(mean_of) * microbatches // count)
+
+
+def _descent(evaluation: Evaluation, number: int, descents: int) -> Evaluation:
+    """The ``number``-th descent of a step."""
+    positions = {"first": number == 1, "second": number == 2, "last": number == descents, "odd": number % 2 == 1}
+    return replace(evaluation, descends=True, **positions)

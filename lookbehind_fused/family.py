@@ -75,8 +75,8 @@ class MultistepSAM(Lookbehind):
     With ``k=1`` it is ``SAM``. ``ascent_step()`` k times and ``descent_step()`` once are the pair of its own.
 
     Args:
-        params, base_optimizer, rho, k, **settings: those of ``Lookbehind``, but for ``alpha``, ``alpha_scope`` and
-            ``reuse_gradient``, which have no meaning here.
+        params, base_optimizer, rho, k, **settings: those of ``Lookbehind``, but for ``alpha``, ``alpha_scope``,
+            ``reuse_gradient``, ``microbatches`` and ``ascent_gradient``, which have no meaning here.
         average: descend with the mean, which takes one more copy of the model. A tensor that an evaluation does not
             reach counts with a gradient of 0 there; a gradient that is skipped (``nonfinite``) likewise.
     """
@@ -91,7 +91,7 @@ class MultistepSAM(Lookbehind):
         average: bool = False,
         **settings: Any,
     ) -> None:
-        _refuse(self, settings, "alpha", "alpha_scope", "reuse_gradient")
+        _refuse(self, settings, "alpha", "alpha_scope", "reuse_gradient", "microbatches", "ascent_gradient")
         check_bool("average", average)
         self.average = average
         super().__init__(params, base_optimizer, rho=rho, k=k, alpha=1.0, **settings)

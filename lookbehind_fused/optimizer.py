@@ -9,24 +9,26 @@ from itertools import chain
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT, _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from . import evaluations, kernels
 from .arguments import (
+    GIVEN,
     Settings,
-    check_bool,
     check_grad_scale,
     check_group,
     check_parameters,
     check_settings,
+    layout,
     name_of,
 )
 from .base import GROUP_DEFAULTS, OwnStep, keep_when_loading, rule_of
 from .buckets import Bucket, Gathered, Scalars
 from .evaluations import Evaluation, StepPlan
 from .kernels.reference import adaptive_alpha, finite, total_norm
+from .running_stats import RunningStats, check_model
 
 # Attributes of an open step and of what is rebuilt when needed: neither copied nor pickled.
 TRANSIENT = {
@@ -37,6 +39,7 @@ TRANSIENT = {
     "_settings": None,
     "_tensors": None,
     "_state_ids": None,
+    "_stats": None,
 }
 
 
@@ -79,11 +82,23 @@ class Lookbehind(Optimizer):
         k: inner steps, >= 1. With ``k=1, alpha=1`` this is SAM (Foret et al. 2021).
         alpha: slow step size in (0, 1], or ``"adaptive"``: (cos(fast_1 - slow, fast_k - slow) + 1) / 2.
         alpha_scope: ``"global"``, one alpha* for the whole weight vector as the paper writes it, or ``"tensor"``, one
-            for
-            each parameter as the authors' code computes it. Without meaning for a static alpha.
+            for each parameter as the authors' code computes it. Without meaning for a static alpha.
+        rho_scope: ``"step"``: rho is the radius of each ascent step; ``"total"``: each of the k has the radius rho / k,
+            so that the perturbed weights stay within rho of the slow ones (with ``alpha=1`` the variant "stay within
+            rho" of the paper, which does not interpolate).
         adaptive: ASAM's scaling T of the ascent (Kwon et al. 2021).
         eta: ASAM's stabilizer, >= 0; not the learning rate.
         reuse_gradient: False evaluates 2k gradients; needed where the minibatch is switched inside the step.
+        ascent_gradient: ``"previous"`` ascends first with the gradient of the last descent, that of the step before,
+            and then with that of each inner step, whatever the minibatch: every minibatch costs one evaluation, k a
+            step, as with k steps of SGD. That is not the paper's algorithm, whose ascent follows the gradient of the
+            minibatch at hand; the first step of all does not ascend before its first evaluation. Takes a copy of the
+            gradients from step to step; ``ascent_step()`` and ``descent_step()`` have no meaning with it.
+        microbatches: m > 1: m-SAM (Foret et al. 2021, section 3). Each of m equal parts of the minibatch ascends by its
+            own gradients; the i-th descent uses the mean of the gradients that they have found at their i-th points.
+            m (k + 1) evaluations of a part each; the closure is called with the ``Evaluation``, whose ``part(batch)``
+            is its microbatch. Takes k more copies of the model. A tensor that an evaluation does not reach counts with
+            a gradient of 0 there.
         max_grad_norm: the descent multiplies its gradient by ``min(1, max_grad_norm / (||g||_2 + 1e-6))``, the norm
             running over all parameters (as ``torch.nn.utils.clip_grad_norm_``); None does not clip. The ascent has no
             use for it.
@@ -94,6 +109,8 @@ class Lookbehind(Optimizer):
         grad_scale: what the loss was multiplied by before backward: a number > 0, or a tensor of one element, which is
             read where it is, at the start of a step. The descent and ``max_grad_norm`` see the gradient divided by it;
             the ascent is free of it.
+        running_stats_at_slow: the model, or None: BatchNorm's running statistics are those of the evaluations at the
+            slow weights; what perturbed ones have done to them is undone (``running_stats.running_stats_at_slow``).
         backend: ``"auto"`` (the fastest that there is for the device), ``"native"`` (C++, for CPUs), ``"triton"`` (for
             GPUs), ``"cuda"`` (compiled, for CUDA GPUs) or ``"reference"`` (plain PyTorch).
         **base_kwargs: arguments of the class ``base_optimizer``.
@@ -115,20 +132,31 @@ class Lookbehind(Optimizer):
         k: int = 2,
         alpha: float | str = 0.5,
         alpha_scope: str = "global",
+        rho_scope: str = "step",
         adaptive: bool = GROUP_DEFAULTS["adaptive"],
         eta: float = GROUP_DEFAULTS["eta"],
         reuse_gradient: bool = True,
+        ascent_gradient: str = "current",
+        microbatches: int = 1,
         max_grad_norm: float | None = None,
         nonfinite: str = "propagate",
         grad_scale: float | Tensor = 1.0,
+        running_stats_at_slow: nn.Module | None = None,
         backend: str = "auto",
         **base_kwargs: Any,
     ) -> None:
         group_defaults = {"rho": rho, "adaptive": adaptive, "eta": eta}
         check_group(group_defaults)
-        check_bool("reuse_gradient", reuse_gradient)
-        check_settings(k, alpha, alpha_scope, max_grad_norm, nonfinite)
+        given = {
+            **{"k": k, "alpha": alpha, "alpha_scope": alpha_scope, "rho_scope": rho_scope},
+            **{"max_grad_norm": max_grad_norm, "nonfinite": nonfinite, "microbatches": microbatches},
+            **{"ascent_gradient": ascent_gradient, "reuse_gradient": reuse_gradient},
+        }
+        check_settings(**given)
         check_grad_scale(grad_scale)
+        if running_stats_at_slow is not None:
+            check_model(running_stats_at_slow)
+        _check_stats(running_stats_at_slow, ascent_gradient)
         kernels.resolve(backend)
         base = _build_base(params, base_optimizer, base_kwargs)
         check_parameters(*params_and_names(base.param_groups))
@@ -142,14 +170,11 @@ class Lookbehind(Optimizer):
             {
                 "base_optimizer": base,
                 "defaults": {**base.defaults, **group_defaults},
-                "k": k,
-                "alpha": alpha,
-                "alpha_scope": alpha_scope,
-                "reuse_gradient": reuse_gradient,
-                "max_grad_norm": max_grad_norm,
-                "nonfinite": nonfinite,
+                **given,
                 "grad_scale": grad_scale,
+                "running_stats_at_slow": running_stats_at_slow,
                 "backend": backend,
+                "_previous": {},
             }
         )
 
@@ -201,10 +226,12 @@ class Lookbehind(Optimizer):
         """One outer step: k + 1 evaluations of ``closure`` (2k with ``reuse_gradient=False``).
 
         Args:
-            closure: runs forward and backward and returns the loss. Gradients are cleared before each call.
+            closure: runs forward and backward and returns the loss. Gradients are cleared before each call. With
+                microbatches it is given the ``Evaluation``.
 
         Returns:
-            What the closure returned at evaluation 0: the loss at the unperturbed weights.
+            What the closure returned at evaluation 0: the loss at the unperturbed weights. With microbatches the mean
+            over them; with ``ascent_gradient="previous"``, which has no such evaluation, that of its first.
 
         Raises:
             TypeError: there is no closure, or it returned None.
@@ -223,18 +250,18 @@ class Lookbehind(Optimizer):
                 "closure: expected a function that runs forward and backward and returns the loss, since a step takes "
                 f"several gradients; got {closure!r} (loops that call backward themselves: evaluations())"
             )
-        loss = None
+        losses = []
         with closing(self._outer_step()) as evaluations:
             for evaluation in evaluations:
                 with torch.enable_grad():
-                    value = closure()
+                    value = closure(evaluation) if evaluation.microbatches > 1 else closure()
                 if value is None:
                     raise TypeError(
                         f"closure: expected the loss to be returned, got None at evaluation {evaluation.index}"
                     )
-                if evaluation.index == 0:
-                    loss = value
-        return loss
+                if not (losses and evaluation.perturbed):
+                    losses.append(value)
+        return losses[0] if len(losses) == 1 else sum(losses) / len(losses)
 
     def evaluations(self, *, apply: bool = True) -> Iterator[Evaluation]:
         """One outer step with the loop in the caller's hands: run forward and backward once per iteration.
@@ -248,8 +275,7 @@ class Lookbehind(Optimizer):
 
         Args:
             apply: False leaves it to the caller to call ``apply(evaluation)`` after each backward, for instance within
-                a
-                compiled function.
+                a compiled function.
 
         Yields:
             Evaluation: which evaluation this is.
@@ -294,13 +320,19 @@ class Lookbehind(Optimizer):
     def ascent_step(self) -> None:
         """Ascend with the gradients that are there: the first half of an inner step of the 2k form.
 
-        k pairs of ``ascent_step()`` and ``descent_step()``, each after a backward of its own, are one outer step.
+        k pairs of ``ascent_step()`` and ``descent_step()``, each after a backward of its own, are one outer step; with
+        microbatches so many for each of them in turn.
         Clearing gradients in between is up to the caller. Between the two the weights are perturbed: ``abort_step()``
         restores them.
 
         Raises:
             RuntimeError: ``descent_step()`` is due, there is no gradient, or a step of another form is open.
         """
+        if self.ascent_gradient == "previous":
+            raise RuntimeError(
+                "ascent_step(): expected ascent_gradient='current', since it uses the gradients that are there, got "
+                "'previous'; use step(closure) or evaluations()"
+            )
         if self._remaining is None:
             self._run_pre_hooks()
             self._begin(list(self._plan(reuse_gradient=False).evaluations))
@@ -328,6 +360,8 @@ class Lookbehind(Optimizer):
         for bucket in self._buckets:
             bucket.restore()
         self._own_step.restore()
+        if self._stats is not None:
+            self._stats.abandon()
 
     @property
     def diagnostics(self) -> dict[str, Tensor]:
@@ -366,19 +400,22 @@ class Lookbehind(Optimizer):
 
     def _plan(self, reuse_gradient: bool) -> StepPlan:
         """What one outer step evaluates."""
-        return evaluations.lookbehind(self.k, reuse_gradient)
+        return evaluations.lookbehind(self.k, reuse_gradient, self.microbatches)
 
     def _outer_step(self, apply: bool = True) -> Iterator[Evaluation]:
         plan = self._plan(self.reuse_gradient).evaluations
         this_step: list[Evaluation] = []
         self._begin(this_step)
         try:
+            if not apply:
+                for bucket in self._buckets:
+                    bucket.keep_slow()
+            if self.ascent_gradient == "previous":
+                self._ascend_with_previous(plan[0])
+                plan = plan[1:]
             for evaluation in plan:
                 for p in self._tensors.tensors:
                     p.grad = None
-                if not apply and evaluation.index == 0:
-                    for bucket in self._buckets:
-                        bucket.keep_slow()
                 yield evaluation
                 if self._remaining is not this_step:
                     raise RuntimeError(
@@ -391,6 +428,15 @@ class Lookbehind(Optimizer):
         finally:
             if self._remaining is this_step:
                 self.abort_step()
+
+    def _ascend_with_previous(self, evaluation: Evaluation) -> None:
+        """What follows evaluation 0, with the gradients of the step before in the place of new ones."""
+        previous = {p: g if g.device == p.device else g.to(p.device) for p, g in self._previous.items()}
+        for bucket in self._buckets:
+            self._scalars.sq_norms[bucket.device][evaluation.index].zero_()
+        gathered = [bucket.gather(previous) for bucket in self._buckets]
+        if any(of_bucket.rows for of_bucket in gathered):
+            self._run_and_record(evaluation, gathered)
 
     def _half_step(self, name: str, other: str, *, ascends: bool) -> None:
         if not self._remaining:
@@ -415,6 +461,7 @@ class Lookbehind(Optimizer):
         self._require_closed("a new step")
         self._prepare()
         self._remaining = remaining
+        self._stats = RunningStats(self.running_stats_at_slow) if self.running_stats_at_slow is not None else None
 
     @torch.no_grad()
     def _use_gradients(self, evaluation: Evaluation) -> None:
@@ -425,6 +472,10 @@ class Lookbehind(Optimizer):
                 f"evaluation {evaluation.index}: expected a backward that gives parameters their gradients, but none "
                 "has one"
             )
+        self._run_and_record(evaluation, gathered)
+
+    @torch.no_grad()
+    def _run_and_record(self, evaluation: Evaluation, gathered: list[Gathered]) -> None:
         done: list[Bucket] = []
         try:
             self._run_passes(evaluation, gathered, done)
@@ -447,7 +498,9 @@ class Lookbehind(Optimizer):
     def _record(self, evaluation: Evaluation, gathered: list[Gathered]) -> None:
         for bucket, of_bucket in zip(self._buckets, gathered, strict=True):
             bucket.record(evaluation, of_bucket)
-        if evaluation.descends and evaluation.last:
+        if self._stats is not None:
+            (self._stats.restore if evaluation.perturbed else self._stats.keep)()
+        if evaluation.closes:
             self._evaluated = evaluation.index + 1
             self._complete()
 
@@ -467,8 +520,12 @@ class Lookbehind(Optimizer):
                 bucket.accumulate(evaluation, scalars, of_bucket)
                 if done is not None:
                     done.append(bucket)
-            if evaluation.descends:
-                self._run_passes(evaluations.with_mean(evaluation), [bucket.mean() for bucket in buckets])
+        if evaluation.returns:
+            for bucket in buckets:
+                bucket.return_to_slow()
+        for descent in evaluation.then:
+            self._run_passes(descent, [bucket.mean(descent.mean) for bucket in buckets])
+        if evaluation.gathers:
             return
         if own_step:
             self._run_own_step(evaluation, gathered)
@@ -504,9 +561,24 @@ class Lookbehind(Optimizer):
         for bucket in self._buckets:
             bucket.close()
         self._own_step.forget()
+        self._keep_gradients()
         self._remaining = None
         self._completed = True
         self._opt_called = self.base_optimizer._opt_called = True  # LR schedulers look for it
+
+    @torch.no_grad()
+    def _keep_gradients(self) -> None:
+        """For the next step, if it ascends with those of this one."""
+        if self.ascent_gradient != "previous":
+            self._previous = {}
+            return
+        grads = {p: p.grad for bucket in self._buckets for p in bucket.params if p.grad is not None}
+        kept = {p: self._previous.get(p) for p in grads}
+        for p, g in grads.items():
+            if kept[p] is None or layout(kept[p]) != layout(g):
+                kept[p] = torch.empty_like(g)
+        torch._foreach_copy_([*kept.values()], [*grads.values()])
+        self._previous = kept
 
     # ---- before a step ----
 
@@ -526,9 +598,10 @@ class Lookbehind(Optimizer):
                 for name in GROUP_DEFAULTS:
                     group.setdefault(name, self.defaults[name])
             if not self._buckets_fit(tensors):
-                self._build_buckets(settings)
-        if self._settings is not None and settings.k != self._settings.k:
-            self._scalars, self._completed = Scalars(self._buckets, 2 * settings.k + 1), False
+                self._build_buckets()
+        norms = self._plan(reuse_gradient=False).norms
+        if norms > self._scalars.evaluations:
+            self._scalars, self._completed = Scalars(self._buckets, norms), False
         state_changed = self._ids_of_state() != self._state_ids
         for bucket in self._buckets:
             bucket.open(settings, self.grad_scale, state_changed, changed)
@@ -540,11 +613,12 @@ class Lookbehind(Optimizer):
 
     def _read_settings(self) -> Settings:
         check_grad_scale(self.grad_scale)
-        given = (self.k, self.alpha, self.alpha_scope, self.max_grad_norm, self.nonfinite)
+        given = tuple([getattr(self, name) for name in GIVEN])
         if self._settings is None or given != self._settings[: len(given)]:
             check_settings(*given)
+        _check_stats(self.running_stats_at_slow, self.ascent_gradient)
         plan = self._plan(self.reuse_gradient)
-        return Settings(*given, plan.descents, plan.averages)
+        return Settings(*given, plan.descents, plan.means, plan.gathered)
 
     def _ids_of_state(self) -> list[int]:
         """The identity of every value in the base's state: what was replaced, loaded, added or removed shows here."""
@@ -563,7 +637,7 @@ class Lookbehind(Optimizer):
     def _takes_part(self, p: Tensor) -> bool:
         return p.requires_grad or p.grad is not None
 
-    def _build_buckets(self, settings: Settings) -> None:
+    def _build_buckets(self) -> None:
         members: dict[tuple, list[tuple[int, str, Tensor]]] = {}
         params, names = params_and_names(self.param_groups)
         check_parameters(params, names)
@@ -586,7 +660,7 @@ class Lookbehind(Optimizer):
                     *(group, self.base_optimizer, rule, backend),
                 )
             )
-        self._scalars = Scalars(self._buckets, 2 * settings.k + 1)
+        self._scalars = Scalars(self._buckets, self._plan(reuse_gradient=False).norms)
         self._own_step = OwnStep(self.base_optimizer)
         self._state_ids = None
         self._completed = False
@@ -623,6 +697,10 @@ class Lookbehind(Optimizer):
             "base_optimizer": type(self.base_optimizer).__name__,
             "shapes": [list(p.shape) for p in params_and_names(self.param_groups)[0]],
         }
+        if self._previous:
+            params, _ = params_and_names(self.param_groups)
+            kept = [self._previous.get(p) for p in params]
+            state_dict["lookbehind"]["previous"] = [None if g is None else g.clone() for g in kept]
         return state_dict
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -640,6 +718,10 @@ class Lookbehind(Optimizer):
             state_dict = hook(self, state_dict) or state_dict
         self._check_loadable(state_dict)
         self.base_optimizer.load_state_dict({key: state_dict[key] for key in ("state", "param_groups")})
+        params, _ = params_and_names(self.param_groups)
+        previous = state_dict.get("lookbehind", {}).get("previous", [None] * len(params))
+        pairs = [(p, g) for p, g in zip(params, previous, strict=True) if g is not None]
+        self._previous = {p: g.detach().to(p.device, p.dtype, copy=True) for p, g in pairs}
         for hook in self._optimizer_load_state_dict_post_hooks.values():
             hook(self)
 
@@ -661,6 +743,10 @@ class Lookbehind(Optimizer):
         for name, p, shape in zip(names, params, saved.get("shapes", [p.shape for p in params]), strict=True):
             if tuple(shape) != tuple(p.shape):
                 raise ValueError(f"state_dict: {name}: expected shape {tuple(p.shape)}, got {tuple(shape)}")
+        previous = saved.get("previous", [None] * len(params))
+        found, shapes = [None if g is None else tuple(g.shape) for g in previous], [tuple(p.shape) for p in params]
+        if len(found) != len(shapes) or any(f not in (None, s) for f, s in zip(found, shapes, strict=True)):
+            raise ValueError(f"state_dict: expected previous gradients of shapes {shapes}, got {found}")
         for number, group in enumerate(state_dict["param_groups"]):
             check_group({**self.param_groups[number], **group}, f"state_dict: param_groups[{number}]")
         self._check_loadable_state(state_dict, params, names)
@@ -689,10 +775,7 @@ class Lookbehind(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         self._require_closed("copying or pickling the optimizer")
-        kept = (
-            *("base_optimizer", "defaults", "k", "alpha", "alpha_scope", "reuse_gradient", "max_grad_norm"),
-            *("nonfinite", "grad_scale", "backend"),
-        )
+        kept = ("base_optimizer", "defaults", *GIVEN, "grad_scale", "running_stats_at_slow", "backend", "_previous")
         return {name: self.__dict__[name] for name in kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -727,6 +810,14 @@ class Seen:
 
 
 # ---- arguments -------------------------------------------------------------------------------------------------------
+
+
+def _check_stats(model: nn.Module | None, ascent_gradient: str) -> None:
+    if model is not None and ascent_gradient == "previous":
+        raise ValueError(
+            "running_stats_at_slow: expected None with ascent_gradient='previous', which evaluates nothing at the slow "
+            f"weights, got {type(model).__name__}"
+        )
 
 
 def _build_base(params: ParamsT | None, base_optimizer: Any, base_kwargs: dict[str, Any]) -> Optimizer:

@@ -7,7 +7,7 @@ import torch
 import torch._dynamo
 from torch import nn
 
-from lookbehind_fused import Lookbehind
+from lookbehind_fused import Lookbehind, MultistepSAM
 from lookbehind_fused.kernels import native
 
 pytestmark = pytest.mark.skipif(native.unavailable is not None, reason=f"no native library: {native.unavailable}")
@@ -29,13 +29,15 @@ SETTINGS = {
 class Problem:
     """A small regression with a model that starts the same every time."""
 
+    make = Lookbehind
+
     def __init__(self, name: str) -> None:
         torch.manual_seed(0)
         self.model = nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 3))
         self.inputs, self.targets = torch.randn(32, 6), torch.randn(32, 3)
         base, kwargs, settings = SETTINGS[name]
         self.lr = kwargs["lr"]
-        self.optimizer = Lookbehind(self.model.parameters(), base, rho=0.1, backend="native", **kwargs, **settings)
+        self.optimizer = self.make(self.model.parameters(), base, rho=0.1, backend="native", **kwargs, **settings)
 
     def loss(self, model=None):
         return ((model or self.model)(self.inputs) - self.targets).square().mean()
@@ -92,6 +94,26 @@ def test_twenty_steps_with_twelve_learning_rates_make_one_graph_an_evaluation(na
     weights = applied(problem, compiled, steps=20)
     evaluations = problem.optimizer.k + 1 if problem.optimizer.reuse_gradient else 2 * problem.optimizer.k
     assert counter.graphs == evaluations <= 4
+    assert all(map(torch.equal, weights, eager(name, steps=20)))
+
+
+FAMILY = {
+    "multistep": (MultistepSAM, {"k": 2}, 3),
+    "average": (MultistepSAM, {"k": 3, "average": True}, 4),
+    "microbatches": (Lookbehind, {"k": 2, "alpha": "adaptive", "microbatches": 2}, 6),
+    "free": (Lookbehind, {"k": 3, "ascent_gradient": "previous"}, 3),
+}
+
+
+@pytest.mark.parametrize("name", FAMILY)
+def test_methods_of_the_family_make_one_graph_an_evaluation(name, monkeypatch):
+    make, settings, evaluations = FAMILY[name]
+    monkeypatch.setitem(SETTINGS, name, (*SGD, settings))
+    monkeypatch.setattr(Problem, "make", staticmethod(make))
+    problem, counter = Problem(name), Counter()
+    compiled = torch.compile(problem.optimizer.apply, fullgraph=True, backend=counter)
+    weights = applied(problem, compiled, steps=20)
+    assert counter.graphs == evaluations
     assert all(map(torch.equal, weights, eager(name, steps=20)))
 
 

@@ -1,7 +1,10 @@
 """The methods of the family, each against a literal transcription of its own."""
 
 import copy
+import pickle
 from collections.abc import Callable
+from functools import partial
+from operator import attrgetter
 from typing import Any
 
 import pytest
@@ -9,8 +12,8 @@ import torch
 from torch import Tensor
 
 from lookbehind_fused import ASAM, SAM, Lookbehind, MultistepSAM
-from tests.algorithm1 import Formulas, Gradients, algorithm1, ascend, clip
-from tests.conftest import assert_close
+from tests.algorithm1 import Formulas, Gradients, algorithm1, ascend, clip, each, slow_step_size
+from tests.conftest import assert_close, assert_same_state
 from tests.test_parameters import RULES
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6}
@@ -49,6 +52,85 @@ def multistep(
     return base(weights, clip(g, most))
 
 
+def with_microbatches(
+    weights: list[Tensor],
+    gradient: Callable[[list[Tensor], int], Gradients],
+    base: Formulas,
+    k: int,
+    rho: float,
+    asam: bool,
+    eta: float,
+    alpha: float | str,
+    m: int,
+    scope: str = "global",
+) -> list[Tensor]:
+    """m-SAM (Foret et al. 2021, section 3), and Lookbehind in the same way: every microbatch goes its own way up, the
+    fast weights move by the mean of what the microbatches find at their i-th points."""
+    n, found = len(weights), []
+    for microbatch in range(m):
+        behind, of_microbatch = weights, []
+        for _ in range(k):
+            behind = ascend(behind, gradient(behind, microbatch), [rho] * n, [asam] * n, [eta] * n)
+            of_microbatch.append(gradient(behind, microbatch))
+        found.append(of_microbatch)
+    fast = first = weights
+    for i in range(k):
+        fast = base(fast, [torch.stack([found[j][i][t] for j in range(m)]).mean(0) for t in range(n)])
+        first = fast if i == 0 else first
+    return interpolated(weights, first, fast, k, alpha, scope)
+
+
+def switching(
+    weights: list[Tensor],
+    gradient: Callable[[list[Tensor], int], Gradients],
+    base: Formulas,
+    k: int,
+    rho: float,
+    alpha: float | str,
+    scope: str = "global",
+) -> list[Tensor]:
+    """Lookbehind with another minibatch in every inner step, for its ascent and for its descent."""
+    n = len(weights)
+    fast = first = behind = weights
+    for i in range(1, k + 1):
+        behind = ascend(behind, gradient(behind, i), [rho] * n, [False] * n, [0.0] * n)
+        fast = base(fast, gradient(behind, i))
+        first = fast if i == 1 else first
+    return interpolated(weights, first, fast, k, alpha, scope)
+
+
+def free_ascent(
+    weights: list[Tensor],
+    gradient: Callable[[list[Tensor], int], Gradients],
+    base: Formulas,
+    k: int,
+    rho: float,
+    asam: bool,
+    eta: float,
+    alpha: float | str,
+    memory: dict[str, Gradients],
+) -> list[Tensor]:
+    """Every inner step ascends with the last gradient that there was, and evaluates one on a minibatch of its own."""
+    n = len(weights)
+    fast = first = behind = weights
+    for i in range(1, k + 1):
+        if memory:
+            behind = ascend(behind, memory["last"], [rho] * n, [asam] * n, [eta] * n)
+        memory["last"] = gradient(behind, i)
+        fast = base(fast, memory["last"])
+        first = fast if i == 1 else first
+    return interpolated(weights, first, fast, k, alpha, "global")
+
+
+def interpolated(
+    slow: list[Tensor], first: list[Tensor], fast: list[Tensor], k: int, alpha: float | str, scope: str
+) -> list[Tensor]:
+    a = [f - s for f, s in zip(first, slow, strict=True)]
+    b = [f - s for f, s in zip(fast, slow, strict=True)]
+    alphas = each(slow_step_size(a, b, k, alpha, scope), len(slow))
+    return [s + x * (f - s) for s, f, x in zip(slow, fast, alphas, strict=True)]
+
+
 # ---- the table: class, its arguments, transcription, gradients a step ------------------------------------------------
 
 METHODS: dict[str, tuple[Any, dict[str, Any], Callable[..., list[Tensor]], int]] = {
@@ -85,6 +167,97 @@ METHODS: dict[str, tuple[Any, dict[str, Any], Callable[..., list[Tensor]], int]]
         lambda *a: multistep(*a, 3, 0.2, True, 0.05),
         4,
     ),
+    "MultistepSAM-within-rho": (
+        MultistepSAM,
+        {"k": 3, "rho": 0.6, "rho_scope": "total"},
+        lambda *a: multistep(*a, 3, 0.2, False, 0),
+        4,
+    ),
+}
+
+# Methods that evaluate several minibatches or microbatches in a step: class, its arguments, what makes a transcription,
+# which of them an evaluation is to see, evaluations a step.
+MICROBATCH, INNER_STEP = attrgetter("microbatch"), attrgetter("inner_step")
+ON_SEVERAL: dict[str, tuple[Any, dict[str, Any], Callable[[], Callable[..., list[Tensor]]], Any, int]] = {
+    "within-rho": (
+        Lookbehind,
+        {"k": 3, "rho": 0.6, "rho_scope": "total", "alpha": 1.0},
+        lambda: (
+            lambda w, gradient, base: algorithm1(w, lambda x, _: gradient(x, 0), base, k=3, rho=0.2, alpha=1.0).params
+        ),
+        MICROBATCH,
+        4,
+    ),
+    "SAM-microbatches": (
+        SAM,
+        {"rho": 0.3, "microbatches": 3},
+        lambda: lambda *a: with_microbatches(*a, 1, 0.3, False, 0, 1.0, 3),
+        MICROBATCH,
+        6,
+    ),
+    "ASAM-microbatches": (
+        ASAM,
+        {"rho": 0.3, "eta": 0.1, "microbatches": 2},
+        lambda: lambda *a: with_microbatches(*a, 1, 0.3, True, 0.1, 1.0, 2),
+        MICROBATCH,
+        4,
+    ),
+    **{
+        f"Lookbehind-microbatches-{k}-{alpha}-{scope}": (
+            Lookbehind,
+            {"k": k, "rho": 0.2, "alpha": alpha, "alpha_scope": scope, "microbatches": 2},
+            lambda k=k, alpha=alpha, scope=scope: lambda *a: with_microbatches(*a, k, 0.2, False, 0, alpha, 2, scope),
+            MICROBATCH,
+            2 * (k + 1),
+        )
+        for k, alpha, scope in (
+            (2, 0.3, "global"),
+            (3, 0.4, "global"),
+            (2, "adaptive", "tensor"),
+            (3, "adaptive", "global"),
+        )
+    },
+    "Lookbehind-microbatches-2k": (
+        Lookbehind,
+        {"k": 2, "rho": 0.2, "alpha": 0.3, "microbatches": 2, "reuse_gradient": False},
+        lambda: lambda *a: with_microbatches(*a, 2, 0.2, False, 0, 0.3, 2),
+        MICROBATCH,
+        8,
+    ),
+    **{
+        f"switching-{k}-{alpha}-{scope}": (
+            Lookbehind,
+            {"k": k, "rho": 0.2, "alpha": alpha, "alpha_scope": scope, "reuse_gradient": False},
+            lambda k=k, alpha=alpha, scope=scope: lambda *a: switching(*a, k, 0.2, alpha, scope),
+            INNER_STEP,
+            2 * k,
+        )
+        for k, alpha, scope in ((2, 0.5, "global"), (3, "adaptive", "global"), (2, "adaptive", "tensor"))
+    },
+    "SAM-free": (
+        SAM,
+        {"rho": 0.3, "ascent_gradient": "previous"},
+        lambda: partial(free_ascent, k=1, rho=0.3, asam=False, eta=0, alpha=1.0, memory={}),
+        INNER_STEP,
+        1,
+    ),
+    "ASAM-free": (
+        ASAM,
+        {"rho": 0.3, "eta": 0.1, "ascent_gradient": "previous"},
+        lambda: partial(free_ascent, k=1, rho=0.3, asam=True, eta=0.1, alpha=1.0, memory={}),
+        INNER_STEP,
+        1,
+    ),
+    **{
+        f"Lookbehind-free-{k}-{alpha}": (
+            Lookbehind,
+            {"k": k, "rho": 0.2, "alpha": alpha, "ascent_gradient": "previous"},
+            lambda k=k, alpha=alpha: partial(free_ascent, k=k, rho=0.2, asam=False, eta=0, alpha=alpha, memory={}),
+            INNER_STEP,
+            k,
+        )
+        for k, alpha in ((2, 0.5), (3, 0.4), (3, "adaptive"))
+    },
 }
 
 
@@ -98,16 +271,16 @@ class Problem:
         self.curvature, self.slope = [d[0].abs() for d in draw], [d[1] for d in draw]
         self.params = [d[2].to(dtype).requires_grad_() for d in draw]
 
-    def gradient(self, weights: list[Tensor]) -> Gradients:
+    def gradient(self, weights: list[Tensor], batch: int = 0) -> Gradients:
         return [
-            c.to(w.dtype) * w.tanh() + s.to(w.dtype)
+            c.to(w.dtype) * w.tanh() + (1 - 0.7 * batch) * s.to(w.dtype)
             for c, w, s in zip(self.curvature, weights, self.slope, strict=True)
         ]
 
-    def evaluate(self) -> Tensor:
-        for p, g in zip(self.params, self.gradient([p.detach() for p in self.params]), strict=True):
+    def evaluate(self, batch: int = 0) -> Tensor:
+        for p, g in zip(self.params, self.gradient([p.detach() for p in self.params], batch), strict=True):
             p.grad = g
-        return torch.zeros(())
+        return torch.full((), float(batch))
 
 
 def run(optimizer: Lookbehind, problem: Problem, form: str, gradients: int) -> int:
@@ -160,6 +333,45 @@ def test_a_method_is_its_transcription(backend: str, method: str, rule: str, for
             for key, value in base.state[i].items():
                 found = torch.as_tensor(optimizer.state[p][key])
                 assert_close(f"{key} of tensor {i}", found, torch.as_tensor(value), TOLERANCE[dtype] * 3)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("form", ["step", "evaluations", "pairs"])
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("method", ON_SEVERAL)
+def test_a_method_on_several_batches_is_its_transcription(
+    backend: str, method: str, rule: str, form: str, dtype: torch.dtype
+) -> None:
+    make, arguments, transcribe, batch_of, count = ON_SEVERAL[method]
+    if form == "pairs" and "free" in method:
+        return  # refused: test_free_ascent_has_no_pair_form
+    (optimizer_class, formula), hyper = RULES[rule]
+    problem, oracle, transcription = Problem(dtype), Problem(), transcribe()
+    optimizer = make(problem.params, optimizer_class, backend=backend, **arguments, **hyper)
+    expected = [p.detach().clone().double() for p in problem.params]
+    base = Formulas(formula, hyper, len(problem.params))
+    first_index = 1 if "free" in method else 0
+    plan = optimizer._plan(optimizer.reuse_gradient and form != "pairs").evaluations[first_index:]
+    for _ in range(4):
+        order = iter(plan)
+        if form == "step" and optimizer.microbatches > 1:
+            loss = optimizer.step(lambda evaluation: problem.evaluate(batch_of(evaluation)))
+            assert loss == (optimizer.microbatches - 1) / 2, "the mean over the microbatches at the slow weights"
+        elif form == "step":
+            optimizer.step(lambda order=order: problem.evaluate(batch_of(next(order))))
+        elif form == "evaluations":
+            indices = [problem.evaluate(batch_of(e)) is not None and e.index for e in optimizer.evaluations()]
+            assert indices == list(range(first_index, first_index + count))
+        else:
+            for evaluation in order:
+                problem.evaluate(batch_of(evaluation))
+                (optimizer.ascent_step if evaluation.ascends else optimizer.descent_step)()
+        expected = transcription(expected, oracle.gradient, base)
+        for i, (p, w) in enumerate(zip(problem.params, expected, strict=True)):
+            assert_close(f"weights of tensor {i}", p.detach(), w, TOLERANCE[dtype] * 4)
+            for key, value in base.state[i].items():
+                found = torch.as_tensor(optimizer.state[p][key])
+                assert_close(f"{key} of tensor {i}", found, torch.as_tensor(value), TOLERANCE[dtype] * 4)
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -292,3 +504,224 @@ def test_the_method_may_change_during_training(backend: str) -> None:
             weights = outcome.params
             for i, (p, w) in enumerate(zip(problem.params, weights, strict=True)):
                 assert_close(f"k = {k}, tensor {i}", p.detach(), w, 1e-12)
+
+
+# ---- microbatches ----------------------------------------------------------------------------------------------------
+
+
+def test_an_evaluation_takes_its_part_of_a_batch(backend: str) -> None:
+    problem = Problem()
+    optimizer = SAM(problem.params, torch.optim.SGD, lr=0.1, microbatches=3, backend=backend)
+    inputs = torch.arange(6)
+    parts = [(problem.evaluate() is not None) and e.part(inputs).tolist() for e in optimizer.evaluations()]
+    assert parts == [[0, 1], [0, 1], [2, 3], [2, 3], [4, 5], [4, 5]]
+
+
+def test_a_number_of_microbatches_that_does_not_divide_the_batch(backend: str) -> None:
+    problem = Problem()
+    optimizer = Lookbehind(problem.params, torch.optim.SGD, lr=0.1, momentum=0.9, microbatches=3, backend=backend)
+    optimizer.step(lambda evaluation: problem.evaluate(evaluation.microbatch))
+    before = [p.detach().clone() for p in problem.params]
+    state = copy.deepcopy(optimizer.state_dict())
+
+    def closure(evaluation: Any) -> Tensor:
+        evaluation.part(torch.arange(6 if evaluation.microbatch < 2 else 7))
+        return problem.evaluate()
+
+    with pytest.raises(
+        ValueError, match="^microbatches: expected a number that divides the batch, got 3 for a batch of 7"
+    ):
+        optimizer.step(closure)
+    assert all(torch.equal(p, w) for p, w in zip(problem.params, before, strict=True))
+    assert_same_state(optimizer.state_dict(), state)
+
+
+@pytest.mark.parametrize("k", [1, 3])
+def test_equal_microbatches_are_one_batch(backend: str, k: int) -> None:
+    results = []
+    for m in (1, 4):
+        problem = Problem()
+        settings = {"rho": 0.2, "k": k, "alpha": 0.5, "microbatches": m, "backend": backend}
+        optimizer = Lookbehind(problem.params, torch.optim.Adam, lr=0.1, **settings)
+        for _ in range(3):
+            optimizer.step(lambda *_, problem=problem: problem.evaluate())
+        results.append(problem.params)
+    for i, (a, b) in enumerate(zip(*results, strict=True)):
+        assert_close(f"tensor {i}", a.detach(), b.detach(), 1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_microbatches_of_16_bits_begin_at_the_slow_weights(backend: str, dtype: torch.dtype) -> None:
+    problem, exact = Problem(dtype), Problem()
+    for p, w in zip(problem.params, exact.params, strict=True):
+        w.data.copy_(p.data)
+    seen = []
+    for one in (problem, exact):
+        optimizer = Lookbehind(one.params, torch.optim.SGD, lr=0.1, rho=0.2, microbatches=2, backend=backend)
+        for evaluation in optimizer.evaluations():
+            if not evaluation.perturbed:
+                seen.append([p.detach().clone() for p in one.params])
+            one.evaluate(evaluation.microbatch)
+    assert all(torch.equal(a, b) for a, b in zip(seen[0], seen[1], strict=True))
+    for i, (p, w) in enumerate(zip(problem.params, exact.params, strict=True)):
+        assert_close(f"tensor {i}", p.detach().double(), w.detach(), 4 * torch.finfo(dtype).eps)
+
+
+def test_microbatches_that_are_skipped_count_as_nothing(backend: str) -> None:
+    """The mean is over all microbatches, so one of two that is skipped leaves half of the other's gradient."""
+    p = torch.ones(3, dtype=torch.float64).requires_grad_()
+    optimizer = SAM([p], torch.optim.SGD, lr=0.1, rho=0.0, nonfinite="skip", microbatches=2, backend=backend)
+    for evaluation in optimizer.evaluations():
+        p.grad = torch.full_like(p, 2.0 if evaluation.microbatch else float("inf"))
+    assert_close("p", p.detach(), torch.full_like(p, 0.9).detach(), 1e-12)
+    assert optimizer.diagnostics["skipped"] == 2
+
+
+# ---- free ascent -----------------------------------------------------------------------------------------------------
+
+
+def test_free_ascent_has_no_pair_form(backend: str) -> None:
+    problem = Problem()
+    optimizer = SAM(problem.params, torch.optim.SGD, lr=0.1, ascent_gradient="previous", backend=backend)
+    problem.evaluate()
+    with pytest.raises(RuntimeError, match="^ascent_step.*: expected ascent_gradient='current'.*got 'previous'"):
+        optimizer.first_step()
+
+
+@pytest.mark.parametrize("way", ["state_dict", "deepcopy", "pickle"])
+def test_free_ascent_goes_on_with_the_same_bits(backend: str, way: str) -> None:
+    problem, other = Problem(), Problem()
+
+    def make(params: list[Tensor]) -> Lookbehind:
+        settings = {"rho": 0.2, "k": 2, "ascent_gradient": "previous", "backend": backend}
+        return Lookbehind(params, torch.optim.SGD, lr=0.1, momentum=0.9, **settings)
+
+    optimizer = make(problem.params)
+    optimizer.step(problem.evaluate)
+    if way == "state_dict":
+        for p, w in zip(other.params, problem.params, strict=True):
+            p.data.copy_(w.data)
+        second = make(other.params)
+        second.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    else:
+        second = copy.deepcopy(optimizer) if way == "deepcopy" else pickle.loads(pickle.dumps(optimizer))
+        other.params = second.param_groups[0]["params"]
+    for _ in range(2):
+        optimizer.step(problem.evaluate)
+        second.step(other.evaluate)
+    assert all(torch.equal(p, w) for p, w in zip(problem.params, other.params, strict=True))
+    assert_same_state(second.state_dict(), optimizer.state_dict())
+    saved = copy.deepcopy(optimizer.state_dict())
+    saved["lookbehind"]["previous"].pop()
+    with pytest.raises(ValueError, match="^state_dict: expected previous gradients of shapes"):
+        optimizer.load_state_dict(saved)
+
+
+def test_free_ascent_that_fails_or_loses_a_gradient(backend: str) -> None:
+    """Weights, state and the gradient to ascend with are those of before; a tensor without one does not ascend."""
+    problem, alone = Problem(), Problem()
+    settings = {"rho": 0.2, "k": 2, "ascent_gradient": "previous", "backend": backend}
+    optimizer = Lookbehind(problem.params, torch.optim.SGD, lr=0.1, momentum=0.9, **settings)
+    undisturbed = Lookbehind(alone.params, torch.optim.SGD, lr=0.1, momentum=0.9, **settings)
+    for one, o in ((problem, optimizer), (alone, undisturbed)):
+        o.step(one.evaluate)
+    for after in (0, 1):
+        before, calls = [p.detach().clone() for p in problem.params], []
+
+        def closure(calls: list = calls, after: int = after) -> Tensor:
+            calls.append(problem.evaluate(3))
+            return calls[-1] if len(calls) <= after else 1 // 0
+
+        with pytest.raises(ZeroDivisionError):
+            optimizer.step(closure)
+        assert all(torch.equal(p, w) for p, w in zip(problem.params, before, strict=True))
+    for one, o in ((problem, optimizer), (alone, undisturbed)):
+        o.step(one.evaluate)
+    assert all(torch.equal(p, w) for p, w in zip(problem.params, alone.params, strict=True))
+
+    for evaluation in optimizer.evaluations():
+        problem.evaluate()
+        if evaluation.inner_step == 2:
+            problem.params[0].grad = None
+    slow = [p.detach().clone() for p in problem.params]
+    for evaluation in optimizer.evaluations():
+        if evaluation.inner_step == 1:
+            assert torch.equal(problem.params[0], slow[0])
+            assert not torch.equal(problem.params[1], slow[1])
+        problem.evaluate()
+
+
+def test_free_ascent_can_be_turned_on_and_off(backend: str) -> None:
+    """As SAM in between; the first step after it is turned on has nothing to ascend with."""
+    problem = Problem()
+    optimizer = SAM(problem.params, torch.optim.SGD, lr=0.1, rho=0.2, backend=backend)
+    counts = []
+    for gradient in ("current", "previous", "previous", "current", "previous"):
+        optimizer.ascent_gradient = gradient
+        slow = [p.detach().clone() for p in problem.params]
+        moved = []
+        for _ in optimizer.evaluations():
+            moved.append(not torch.equal(problem.params[0], slow[0]))
+            problem.evaluate()
+        counts.append(moved)
+    assert counts == [[False, True], [False], [True], [False, True], [False]]
+
+
+@pytest.mark.parametrize(
+    "settings", [{"ascent_gradient": "previous", "k": 2}, {"microbatches": 2}, {"microbatches": 2, "k": 1}]
+)
+def test_several_buckets_and_bases_of_their_own_step(backend: str, settings: dict[str, Any]) -> None:
+    """Two groups and two dtypes; and Adagrad, which has no rule: against one bucket, and against each other's form."""
+    results = []
+    for groups in (1, 2):
+        problem = Problem()
+        params = problem.params if groups == 1 else [{"params": problem.params[:1]}, {"params": problem.params[1:]}]
+        optimizer = Lookbehind(params, torch.optim.Adagrad, lr=0.1, rho=0.2, backend=backend, **settings)
+        for _ in range(3):
+            for evaluation in optimizer.evaluations():
+                problem.evaluate(evaluation.microbatch + evaluation.inner_step)
+        results.append(problem.params)
+    for i, (a, b) in enumerate(zip(*results, strict=True)):
+        assert_close(f"tensor {i}", a.detach(), b.detach(), 1e-12)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"microbatches": 0}, ValueError, "microbatches: expected an int >= 1, got 0"),
+        ({"microbatches": 2.0}, TypeError, "microbatches: expected an int >= 1, got 2.0"),
+        ({"rho_scope": "all"}, ValueError, """rho_scope: expected "step" or "total", got 'all'"""),
+        ({"ascent_gradient": "last"}, ValueError, """ascent_gradient: expected "current" or "previous", got 'last'"""),
+        (
+            {"ascent_gradient": "previous", "microbatches": 2},
+            ValueError,
+            "ascent_gradient: expected 'current' with micro",
+        ),
+        (
+            {"ascent_gradient": "previous", "reuse_gradient": False},
+            ValueError,
+            "ascent_gradient: expected 'current' with",
+        ),
+        ({"running_stats_at_slow": 1}, TypeError, "running_stats_at_slow: expected a torch.nn.Module, got 1"),
+        (
+            {"running_stats_at_slow": torch.nn.Linear(1, 1), "ascent_gradient": "previous"},
+            ValueError,
+            "running_stats_at_slow: expected None with ascent_gradient='previous'",
+        ),
+    ],
+)
+def test_bad_settings(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
+    problem = Problem()
+    base = torch.optim.SGD(problem.params, lr=0.1)
+    keys = list(base.param_groups[0])
+    with pytest.raises(error, match=f"^{message}"):
+        Lookbehind(None, base, **arguments)
+    assert list(base.param_groups[0]) == keys
+    optimizer = Lookbehind(None, base)
+    before = [p.detach().clone() for p in problem.params]
+    for name, value in arguments.items():
+        setattr(optimizer, name, value)
+    if "Module" not in message:
+        with pytest.raises(error, match=f"^{message}"):
+            optimizer.step(problem.evaluate)
+        assert all(torch.equal(p, w) for p, w in zip(problem.params, before, strict=True))

@@ -1,0 +1,102 @@
+"""Schedules of rho and alpha, beside torch's of the learning rate."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from .arguments import GIVEN, check_group, check_settings
+from .lookahead import Lookahead
+from .optimizer import Lookbehind
+
+
+class LambdaSchedule:
+    """rho and alpha as functions of how often ``step()`` was called, as ``LambdaLR`` has it for the learning rate::
+
+        schedule = LambdaSchedule(optimizer, rho=lambda step: min(1.0, step / 1000), alpha=lambda step: 0.5)
+        ...
+        optimizer.step(closure)
+        schedule.step()
+
+    Args:
+        optimizer: ``Lookbehind`` or any method of the family, or ``Lookahead`` over one.
+        rho: the factor of every group's own rho, which is what it has at the beginning; None leaves it alone.
+        alpha: the slow step size, in (0, 1] or "adaptive"; None leaves it alone.
+
+    The values for 0 are set at once, the later ones by ``step()``; new values compile nothing again.
+
+    Raises:
+        TypeError: ``optimizer`` has no rho, or a schedule is not a function.
+        ValueError: a schedule gave what rho or alpha cannot be; nothing is changed.
+    """
+
+    def __init__(
+        self,
+        optimizer: Lookbehind | Lookahead,
+        rho: Callable[[int], float] | None = None,
+        alpha: Callable[[int], float | str] | None = None,
+    ) -> None:
+        method = optimizer.optimizer if isinstance(optimizer, Lookahead) else optimizer
+        if not isinstance(method, Lookbehind):
+            raise TypeError(f"optimizer: expected Lookbehind or a method of the family, got {optimizer!r}")
+        for name, function in (("rho", rho), ("alpha", alpha)):
+            if function is not None and not callable(function):
+                raise TypeError(f"{name}: expected a function of the number of steps, or None, got {function!r}")
+        self.optimizer, self.rho, self.alpha = method, rho, alpha
+        self.initial_rho = [group["rho"] for group in method.param_groups]
+        self.steps = 0
+        self._set(0)
+
+    def step(self) -> None:
+        """Set the values for one step more.
+
+        Raises:
+            ValueError: a schedule gave what rho or alpha cannot be; nothing is changed.
+            RuntimeError: there are other parameter groups than at the beginning.
+        """
+        self._set(self.steps + 1)
+        self.steps += 1
+
+    def _set(self, steps: int) -> None:
+        groups = self.optimizer.param_groups
+        if len(groups) != len(self.initial_rho):
+            raise RuntimeError(
+                f"param_groups: expected the {len(self.initial_rho)} groups that there were when LambdaSchedule was "
+                f"made, got {len(groups)}"
+            )
+        rhos, alpha = [group["rho"] for group in groups], self.optimizer.alpha
+        try:
+            if self.rho is not None:
+                factor = self.rho(steps)
+                rhos = [factor * initial for initial in self.initial_rho]
+            for rho, group in zip(rhos, groups, strict=True):
+                check_group({**group, "rho": rho})
+            if self.alpha is not None:
+                alpha = self.alpha(steps)
+            check_settings(*(alpha if name == "alpha" else getattr(self.optimizer, name) for name in GIVEN))
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"schedule at step {steps}: {error}") from error
+        for rho, group in zip(rhos, groups, strict=True):
+            group["rho"] = rho
+        self.optimizer.alpha = alpha
+
+    def state_dict(self) -> dict[str, Any]:
+        """How many steps there were and every group's rho at the beginning; not the functions."""
+        return {"steps": self.steps, "initial_rho": list(self.initial_rho)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from what ``state_dict()`` returned: rho and alpha are those of that step.
+
+        Raises:
+            ValueError: it is of another number of groups, or as ``step()``; nothing is changed.
+        """
+        before, initial = self.initial_rho, list(state_dict["initial_rho"])
+        if len(initial) != len(before):
+            raise ValueError(f"state_dict: expected initial_rho of {len(before)} groups, got {initial}")
+        self.initial_rho = initial
+        try:
+            self._set(state_dict["steps"])
+        except BaseException:
+            self.initial_rho = before
+            raise
+        self.steps = state_dict["steps"]
