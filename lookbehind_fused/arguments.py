@@ -6,6 +6,7 @@ import math
 import numbers
 from collections.abc import Sequence
 from itertools import pairwise
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -59,6 +60,7 @@ class Settings(NamedTuple):
 
 GIVEN = Settings._fields[: Settings._fields.index("descents")]
 """Those of ``Settings`` that are arguments, and attributes that may be set between two steps."""
+given_settings = attrgetter(*GIVEN)
 
 
 def check_settings(

@@ -21,6 +21,7 @@ from .arguments import (
     check_group,
     check_parameters,
     check_settings,
+    given_settings,
     layout,
     name_of,
 )
@@ -429,6 +430,7 @@ class Lookbehind(Optimizer):
             if self._remaining is this_step:
                 self.abort_step()
 
+    @torch.no_grad()
     def _ascend_with_previous(self, evaluation: Evaluation) -> None:
         """What follows evaluation 0, with the gradients of the step before in the place of new ones."""
         previous = {p: g if g.device == p.device else g.to(p.device) for p, g in self._previous.items()}
@@ -474,7 +476,6 @@ class Lookbehind(Optimizer):
             )
         self._run_and_record(evaluation, gathered)
 
-    @torch.no_grad()
     def _run_and_record(self, evaluation: Evaluation, gathered: list[Gathered]) -> None:
         done: list[Bucket] = []
         try:
@@ -561,17 +562,17 @@ class Lookbehind(Optimizer):
         for bucket in self._buckets:
             bucket.close()
         self._own_step.forget()
-        self._keep_gradients()
+        if self.ascent_gradient == "previous":
+            self._keep_gradients()
+        elif self._previous:
+            self._previous = {}
         self._remaining = None
         self._completed = True
         self._opt_called = self.base_optimizer._opt_called = True  # LR schedulers look for it
 
     @torch.no_grad()
     def _keep_gradients(self) -> None:
-        """For the next step, if it ascends with those of this one."""
-        if self.ascent_gradient != "previous":
-            self._previous = {}
-            return
+        """For the next step, which ascends with those of this one."""
         grads = {p: p.grad for bucket in self._buckets for p in bucket.params if p.grad is not None}
         kept = {p: self._previous.get(p) for p in grads}
         for p, g in grads.items():
@@ -599,9 +600,10 @@ class Lookbehind(Optimizer):
                     group.setdefault(name, self.defaults[name])
             if not self._buckets_fit(tensors):
                 self._build_buckets()
-        norms = self._plan(reuse_gradient=False).norms
-        if norms > self._scalars.evaluations:
-            self._scalars, self._completed = Scalars(self._buckets, norms), False
+        if settings is not self._settings:
+            norms = self._plan(reuse_gradient=False).norms
+            if norms > self._scalars.evaluations:
+                self._scalars, self._completed = Scalars(self._buckets, norms), False
         state_changed = self._ids_of_state() != self._state_ids
         for bucket in self._buckets:
             bucket.open(settings, self.grad_scale, state_changed, changed)
@@ -613,12 +615,14 @@ class Lookbehind(Optimizer):
 
     def _read_settings(self) -> Settings:
         check_grad_scale(self.grad_scale)
-        given = tuple([getattr(self, name) for name in GIVEN])
-        if self._settings is None or given != self._settings[: len(given)]:
+        given = given_settings(self)
+        if self._settings is None or given != self._settings[: len(GIVEN)]:
             check_settings(*given)
-        _check_stats(self.running_stats_at_slow, self.ascent_gradient)
+        if self.running_stats_at_slow is not None:
+            _check_stats(self.running_stats_at_slow, self.ascent_gradient)
         plan = self._plan(self.reuse_gradient)
-        return Settings(*given, plan.descents, plan.means, plan.gathered)
+        settings = (*given, plan.descents, plan.means, plan.gathered)
+        return self._settings if settings == self._settings else Settings(*settings)
 
     def _ids_of_state(self) -> list[int]:
         """The identity of every value in the base's state: what was replaced, loaded, added or removed shows here."""
