@@ -53,10 +53,7 @@ def check_settings(k: int, alpha: float | str, alpha_scope: str, max_grad_norm: 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
     """
-    if not isinstance(k, int) or isinstance(k, bool):
-        raise TypeError(f"k: expected an int >= 1, got {k!r}")
-    if k < 1:
-        raise ValueError(f"k: expected an int >= 1, got {k!r}")
+    check_int("k", k, 1)
     if alpha != "adaptive" and not (_is_number(alpha) and 0 < alpha <= 1):
         raise _wrong("alpha", 'a number in (0, 1] or "adaptive"', alpha, (numbers.Real, str))
     if alpha_scope not in ("global", "tensor"):
@@ -80,9 +77,7 @@ def check_grad_scale(value: Any) -> None:
 def check_group(group: dict[str, Any], where: str = "") -> None:
     """Refuse a group's rho, eta or adaptive; ``where`` says whose, if not the constructor's."""
     for name in ("rho", "eta"):
-        value = group[name]
-        if not (_is_number(value) and 0 <= value < math.inf):
-            raise _wrong(f"{where}[{name!r}]" if where else name, "a finite number >= 0", value, (numbers.Real,))
+        check_number(f"{where}[{name!r}]" if where else name, group[name])
     check_bool(f"{where}['adaptive']" if where else "adaptive", group["adaptive"])
 
 
@@ -90,6 +85,27 @@ def check_bool(name: str, value: Any) -> None:
     """Refuse anything but True and False."""
     if not isinstance(value, bool):
         raise TypeError(f"{name}: expected True or False, got {value!r}")
+
+
+def check_int(name: str, value: Any, least: int) -> None:
+    """Refuse anything but an int >= ``least``."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise _wrong(name, f"an int >= {least}", value, (int,))
+
+
+def check_number(name: str, value: Any, *, positive: bool = False) -> None:
+    """Refuse anything but a finite number >= 0, or > 0 where it has to be ``positive``."""
+    if not (_is_number(value) and 0 <= value < math.inf) or (positive and value == 0):
+        raise _wrong(name, f"a finite number {'>' if positive else '>='} 0", value, (numbers.Real,))
+
+
+def check_numbers(name: str, values: Any, *, positive: bool = False) -> None:
+    """Refuse anything but a non-empty sequence of what ``check_number`` accepts."""
+    if not isinstance(values, Sequence) or isinstance(values, str) or not values:
+        sign = ">" if positive else ">="
+        raise _wrong(name, f"a non-empty sequence of finite numbers {sign} 0", values, (list, tuple))
+    for i, value in enumerate(values):
+        check_number(f"{name}[{i}]", value, positive=positive)
 
 
 def _is_number(value: Any) -> bool:
