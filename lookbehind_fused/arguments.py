@@ -79,7 +79,7 @@ def check_settings(
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
     """
-    check_count("k", k)
+    check_int("k", k, 1)
     if alpha != "adaptive" and not (_is_number(alpha) and 0 < alpha <= 1):
         raise _wrong("alpha", 'a number in (0, 1] or "adaptive"', alpha, (numbers.Real, str))
     _check_choice("alpha_scope", alpha_scope, "global", "tensor")
@@ -87,7 +87,7 @@ def check_settings(
     if max_grad_norm is not None and not (_is_number(max_grad_norm) and 0 < max_grad_norm < math.inf):
         raise _wrong("max_grad_norm", "None or a finite number > 0", max_grad_norm, (numbers.Real,))
     _check_choice("nonfinite", nonfinite, "propagate", "skip")
-    check_count("microbatches", microbatches)
+    check_int("microbatches", microbatches, 1)
     _check_choice("ascent_gradient", ascent_gradient, "current", "previous")
     check_bool("reuse_gradient", reuse_gradient)
     if ascent_gradient == "previous" and (microbatches > 1 or not reuse_gradient):
@@ -115,18 +115,8 @@ def check_grad_scale(value: Any) -> None:
 def check_group(group: dict[str, Any], where: str = "") -> None:
     """Refuse a group's rho, eta or adaptive; ``where`` says whose, if not the constructor's."""
     for name in ("rho", "eta"):
-        value = group[name]
-        if not (_is_number(value) and 0 <= value < math.inf):
-            raise _wrong(f"{where}[{name!r}]" if where else name, "a finite number >= 0", value, (numbers.Real,))
+        check_number(f"{where}[{name!r}]" if where else name, group[name])
     check_bool(f"{where}['adaptive']" if where else "adaptive", group["adaptive"])
-
-
-def check_count(name: str, value: Any) -> None:
-    """Refuse anything but an int >= 1."""
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"{name}: expected an int >= 1, got {value!r}")
-    if value < 1:
-        raise ValueError(f"{name}: expected an int >= 1, got {value!r}")
 
 
 def check_fraction(name: str, value: Any) -> None:
@@ -139,6 +129,27 @@ def check_bool(name: str, value: Any) -> None:
     """Refuse anything but True and False."""
     if not isinstance(value, bool):
         raise TypeError(f"{name}: expected True or False, got {value!r}")
+
+
+def check_int(name: str, value: Any, least: int) -> None:
+    """Refuse anything but an int >= ``least``."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise _wrong(name, f"an int >= {least}", value, (int,))
+
+
+def check_number(name: str, value: Any, *, positive: bool = False) -> None:
+    """Refuse anything but a finite number >= 0, or > 0 where it has to be ``positive``."""
+    if not (_is_number(value) and 0 <= value < math.inf) or (positive and value == 0):
+        raise _wrong(name, f"a finite number {'>' if positive else '>='} 0", value, (numbers.Real,))
+
+
+def check_numbers(name: str, values: Any, *, positive: bool = False) -> None:
+    """Refuse anything but a non-empty sequence of what ``check_number`` accepts."""
+    if not isinstance(values, Sequence) or isinstance(values, str) or not values:
+        sign = ">" if positive else ">="
+        raise _wrong(name, f"a non-empty sequence of finite numbers {sign} 0", values, (list, tuple))
+    for i, value in enumerate(values):
+        check_number(f"{name}[{i}]", value, positive=positive)
 
 
 def _is_number(value: Any) -> bool:

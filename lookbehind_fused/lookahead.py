@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from . import kernels
-from .arguments import check_count, check_fraction, check_parameters, layout
+from .arguments import check_fraction, check_int, check_parameters, layout
 from .buckets import flat_layout, flat_view
 from .kernels.schema import ADDRESS
 from .optimizer import Lookbehind, params_and_names
@@ -58,7 +58,7 @@ class Lookahead(Optimizer):
         backend: str = "auto",
         **kwargs: Any,
     ) -> None:
-        check_count("k", k)
+        check_int("k", k, 1)
         check_fraction("alpha", alpha)
         kernels.resolve(backend)
         if isinstance(optimizer, type) and issubclass(optimizer, Optimizer):
@@ -135,7 +135,7 @@ class Lookahead(Optimizer):
                 vars(self.optimizer).pop(name, None)
 
     def _before_step(self, *_: Any) -> None:
-        check_count("k", self.k)
+        check_int("k", self.k, 1)
         check_fraction("alpha", self.alpha)
         self._require_fast_weights("step()")
         self._require_same_parameters()

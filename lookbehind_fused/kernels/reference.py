@@ -62,7 +62,7 @@ def reduce_sq_norm(
     _, eta, *_ = hyper.tolist()
     squares = []
     for param, grad, (_, span) in zip(params, grads, _rows(table), strict=True):
-        weights = _vector(param) if perturbed is None else perturbed[span]
+        weights = vector(param) if perturbed is None else perturbed[span]
         g = _gradient(grad, param)
         scaled = plain = ordered_sum(g.double().square())
         if flags & Flag.ADAPTIVE:
@@ -92,9 +92,9 @@ def ascend(
         reduce_sq_norm(params, grads, None if slow is not None else perturbed, table, hyper, flags, sq_norms, row)
     for param, grad, (_, span) in zip(params, grads, _rows(table), strict=True):
         if slow is None:
-            weights = _vector(param) if perturbed is None else perturbed[span]
+            weights = vector(param) if perturbed is None else perturbed[span]
         else:
-            weights = slow[span].copy_(_vector(param))
+            weights = slow[span].copy_(vector(param))
         if grad is not None:
             weights = _ascended(weights, _gradient(grad, param), sq_norms, hyper, flags)
         _store(weights, param, perturbed, span)
@@ -167,7 +167,7 @@ def descend_interpolate(
     descent = _Descent(state, state_from, steps, steps_from, sq_norms, hyper, rule, flags)
     for param, grad, (row, span) in zip(params, grads, _rows(table), strict=True):
         _, last = descent(fast[span], param, grad, row, span)
-        _vector(param).copy_(torch.lerp(slow[span], last, alpha))
+        vector(param).copy_(torch.lerp(slow[span], last, alpha))
 
 
 def descend_align(
@@ -212,9 +212,9 @@ def interpolate(
     """``params = slow + alpha* (fast_k - slow)``: fast_k is what ``descend_align`` left, alpha* comes from ``sums``."""
     alpha = adaptive_alpha(sums if flags & Flag.PER_TENSOR else sums.sum(0))
     for param, (row, span) in zip(params, _rows(table), strict=True):
-        fast = _vector(param) if perturbed is None else perturbed[span]
+        fast = vector(param) if perturbed is None else perturbed[span]
         weight = alpha[row] if flags & Flag.PER_TENSOR else alpha
-        _vector(param).copy_(torch.lerp(slow[span], fast, weight.to(slow.dtype)))
+        vector(param).copy_(torch.lerp(slow[span], fast, weight.to(slow.dtype)))
 
 
 # ---- update rules: base_optimizer(fast, g) ---------------------------------------------------------------------------
@@ -378,7 +378,7 @@ def _ascended(weights: Tensor, g: Tensor, sq_norms: Tensor, hyper: Tensor, flags
 # ---- tensors ---------------------------------------------------------------------------------------------------------
 
 
-def _vector(x: Tensor) -> Tensor:
+def vector(x: Tensor) -> Tensor:
     """A dense tensor's elements in memory order, sharing its memory and version counter."""
     return x.detach().as_strided((x.numel(),), (1,))
 
@@ -395,7 +395,7 @@ def _gradient(grad: Tensor, param: Tensor) -> Tensor:
         raise TypeError(f"grads: expected {param.dtype} as the parameter has, got {grad.dtype}")
     if grad.stride() != param.stride():
         grad = torch.empty_strided(param.shape, param.stride(), dtype=grad.dtype, device=grad.device).copy_(grad)
-    return _vector(grad).to(torch.float64 if param.dtype == torch.float64 else torch.float32)
+    return vector(grad).to(torch.float64 if param.dtype == torch.float64 else torch.float32)
 
 
 def _other(source: Tensor | None, target: Tensor | None) -> Tensor | None:
@@ -406,4 +406,4 @@ def _store(weights: Tensor, param: Tensor, perturbed: Tensor | None, span: slice
     """New weights go into the parameter, rounded to its dtype, and unrounded into ``perturbed`` where there is one."""
     if perturbed is not None:
         perturbed[span].copy_(weights)
-    _vector(param).copy_(weights)
+    vector(param).copy_(weights)
