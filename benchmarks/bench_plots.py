@@ -63,7 +63,8 @@ def _note(e: Mapping[str, Any]) -> str:
     )
 
 
-def _canvas(width: float, height: float, title: str, subtitle: str, legend: bool = True) -> Figure:
+def canvas(width: float, height: float, title: str, subtitle: str, legend: bool = True) -> Figure:
+    """A figure in inches with its two titles, and room for a note and a legend below."""
     figure = Figure(figsize=(width, height), layout="constrained")
     bottom, top = (0.56 if legend else 0.26) / height, 0.62 / height  # in inches: the legend and a note, the titles
     figure.get_layout_engine().set(w_pad=0.12, h_pad=0.06, rect=(0, bottom, 1, 1 - top - bottom))
@@ -77,7 +78,7 @@ def _own_work(measurements: Sequence[Mapping[str, Any]]) -> Figure | None:
     sets = [m for m in measurements if m["group"] == "own"]
     if not sets:
         return None
-    figure = _canvas(
+    figure = canvas(
         9,
         1.6 + 0.86 * len(sets),
         "The optimizer's own work, gradients given",
@@ -130,7 +131,7 @@ def _variations(measurements: Sequence[Mapping[str, Any]]) -> Figure | None:
     chosen = [m for m in measurements if m["group"] in ("own", "variations") and m["set"] in ("small", "resnet34")]
     if not any(m["group"] == "variations" for m in chosen):
         return None
-    figure = _canvas(10, 4.4, "Other settings of the step", "The optimizer's own work, gradients given")
+    figure = canvas(10, 4.4, "Other settings of the step", "The optimizer's own work, gradients given")
     names = [name for name in COLOURS if any(name in m["seconds"] for m in chosen)]
     for column, set_name in enumerate(("small", "resnet34")):
         axes = figure.add_subplot(1, 2, column + 1)
@@ -170,7 +171,7 @@ def _scaling(measurements: Sequence[Mapping[str, Any]]) -> Figure | None:
     """Time of a step against size and against the number of tensors."""
     if not any(m["group"] == "scaling" for m in measurements):
         return None
-    figure = _canvas(10, 4.6, "Cost against size and number of tensors", "Own work, k = 2, SAM, static α")
+    figure = canvas(10, 4.6, "Cost against size and number of tensors", "Own work, k = 2, SAM, static α")
     names = []
     panels = (("elements", "One tensor", "parameters"), ("tensors", "Tensors of 256 parameters", "tensors"))
     for column, (axis, title, label) in enumerate(panels):
@@ -209,7 +210,7 @@ def _training(measurements: Sequence[Mapping[str, Any]]) -> Figure | None:
     if not steps:
         return None
     titles = {"digits": "digits", "fashion-mnist": "Fashion-MNIST"}
-    figure = _canvas(
+    figure = canvas(
         9, 1.5 + 0.4 * len(steps), "Whole training steps on real images",
         "Forward, backward and optimizer of a small residual network: naive (2k) over lookbehind_fused (k + 1)",
         legend=False,
@@ -242,7 +243,7 @@ def _bandwidth_and_memory(measurements: Sequence[Mapping[str, Any]]) -> Figure |
     held = [m for m in measurements if m["group"] == "memory" and Settings(**m["settings"]) == Settings()]
     if not speeds or not held:
         return None
-    figure = _canvas(10, 3.9, "Bandwidth and memory", "k = 2, SAM, static α", legend=False)
+    figure = canvas(10, 3.9, "Bandwidth and memory", "k = 2, SAM, static α", legend=False)
     left, right = figure.add_subplot(1, 2, 1), figure.add_subplot(1, 2, 2)
     left.set_title("Achieved bandwidth, GB/s", **HEAD)
     kinds = {"copy": ("copy_", "#BFBFBF"), "add": ("add(out=)", "#7F7F7F"), "native": ("a step", COLOURS["native"])}

@@ -10,7 +10,7 @@ import torch
 from benchmarks.files import UserError, replacing
 
 NAME = "checkpoint.pt"
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass
@@ -29,6 +29,10 @@ class Record:
     """Of each step (the mean over tensors with --alpha-scope tensor); empty for SGD."""
     accuracy: list[float] = field(default_factory=list)
     """On the test images after each epoch, a fraction."""
+    sharpness: float | None = None
+    """Of the final weights, at the run's rho; None until they are there."""
+    noise_accuracy: float | None = None
+    """On test images with noise in the final weights, a fraction."""
 
 
 @dataclass

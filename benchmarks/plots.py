@@ -14,9 +14,9 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from benchmarks.checkpoint import Checkpoint, Record
 from benchmarks.files import replacing
+from benchmarks.methods import METHODS, label
 
-# Okabe and Ito's palette, which colour-blind readers tell apart; one colour a method, in every panel and every run.
-COLOURS = {"sgd": "#7F7F7F", "sam": "#0072B2", "lookbehind": "#D55E00", "lookbehind-adaptive": "#009E73"}
+COLOURS = {name: method.colour for name, method in METHODS.items()}
 INK = "#262626"
 FAINT = "#8C8C8C"
 STYLE = {
@@ -159,13 +159,8 @@ def _smooth(values: np.ndarray) -> np.ndarray:
 
 
 def _label(method: str, settings: dict[str, Any]) -> str:
-    asam = " with ASAM's scaling" if settings["asam"] else ""
-    return {
-        "sgd": "SGD",
-        "sam": "ASAM" if settings["asam"] else "SAM",
-        "lookbehind": f"Lookbehind, α = {settings['alpha']:g}{asam}",
-        "lookbehind-adaptive": f"Lookbehind, adaptive α{asam}",
-    }[method]
+    alpha = f", α = {settings['alpha']:g}" if "alpha" in METHODS[method].uses else ""
+    return label(method, settings["asam"]) + alpha
 
 
 def _title(settings: dict[str, Any]) -> str:

@@ -14,6 +14,8 @@ from benchmarks.files import replacing
 HISTORY = "history.csv"
 SUMMARY = "summary.csv"
 RESULTS = "results.json"
+NOISE_LEVEL = 0.2
+"""Of the column "accuracy, noise": each weight is multiplied by 1 + 0.2 N(0, 1)."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,10 @@ class Row:
     gradient_evaluations: int
     seconds: float
     seconds_per_evaluation: float
+    sharpness: float | None
+    """In nats, of the final weights; None until they are there."""
+    noise_accuracy: float | None
+    """A fraction: with noise in the final weights."""
 
 
 def summarize(checkpoint: Checkpoint) -> list[Row]:
@@ -46,6 +52,8 @@ def summarize(checkpoint: Checkpoint) -> list[Row]:
                 record.evaluations,
                 record.seconds,
                 record.seconds / record.evaluations,
+                record.sharpness,
+                record.noise_accuracy,
             )
         )
     return rows
@@ -53,7 +61,10 @@ def summarize(checkpoint: Checkpoint) -> list[Row]:
 
 def format_table(rows: list[Row]) -> str:
     """The table as text, its columns aligned."""
-    header = ("method", "test accuracy", "final loss", "gradient evaluations", "seconds", "seconds/evaluation")
+    header = (
+        *("method", "test accuracy", "final loss", "gradient evaluations", "seconds", "seconds/evaluation"),
+        *("sharpness", "accuracy, noise"),
+    )
     cells = [
         (
             row.method,
@@ -62,6 +73,8 @@ def format_table(rows: list[Row]) -> str:
             f"{row.gradient_evaluations:,}",
             f"{row.seconds:.1f}",
             f"{row.seconds_per_evaluation:.5f}",
+            "" if row.sharpness is None else f"{row.sharpness:.4g}",
+            "" if row.noise_accuracy is None else f"{row.noise_accuracy:.2%}",
         )
         for row in rows
     ]

@@ -1,27 +1,27 @@
-"""The main job: SGD, SAM and Lookbehind train the same network on the same images for the same number of steps.
+"""The main job: several methods train the same network on the same images for the same number of steps.
 
 `python -m benchmarks.train --help` explains the options.
 """
 
 import argparse
 import platform
+import statistics
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from tqdm import tqdm
 
 from benchmarks import checkpoint as checkpoints
-from benchmarks import options, results
+from benchmarks import methods, options, results
 from benchmarks.checkpoint import Checkpoint, Record
 from benchmarks.files import UserError, replacing
 from benchmarks.job import Job, first_line
+from benchmarks.results import NOISE_LEVEL
 
 RUNS = Path("runs")
 PICTURE = "curves.png"
@@ -89,49 +89,26 @@ def run_method(method: str, job: Job, checkpoint: Checkpoint, folder: Path) -> N
         while record.step < job.total_steps:
             # up to the next end of an epoch or the next checkpoint, whichever comes first
             stop = record.step + min(interval - record.step % interval for interval in (job.steps_per_epoch, every))
-            run_steps(job, optimizer, scheduler, record, min(stop, job.total_steps), bar)
+            job.train(method, optimizer, scheduler, record, min(stop, job.total_steps), bar.update)
             if record.step % job.steps_per_epoch == 0:
-                record.accuracy.append(job.test_accuracy())
+                with methods.evaluated(optimizer):
+                    record.accuracy.append(job.test_accuracy())
                 bar.set_postfix_str(f"loss {record.loss[-1]:.3g}, test accuracy {record.accuracy[-1]:.1%}")
             if record.step < job.total_steps:
                 checkpoint.current = snapshot(method, job, optimizer, scheduler)
             else:  # first the weights: after the checkpoint says that the method is done, nothing would write them
                 checkpoint.current = None
-                with replacing(folder / f"weights-{method}.pt") as file:
+                with methods.evaluated(optimizer), replacing(folder / f"weights-{method}.pt") as file:
+                    measure(job, record)
                     torch.save(job.model.state_dict(), file)
             checkpoints.save(folder, checkpoint)
     say(f"{method}: {record.accuracy[-1]:.1%} of the test images after {record.step:,} steps, {record.seconds:.1f} s")
 
 
-def run_steps(
-    job: Job, optimizer: Optimizer, scheduler: LRScheduler, record: Record, stop: int, bar: "tqdm[Any]"
-) -> None:
-    """Outer steps until `record.step` is `stop`, inside one epoch. Nothing here waits for the device until the end."""
-    batches = job.batches(record.step // job.steps_per_epoch)
-    losses: list[Tensor] = []
-    alphas: list[Tensor] = []
-    start = time.perf_counter()
-    while record.step < stop:
-        batch = batches[record.step % job.steps_per_epoch]
-
-        def closure(batch: Tensor = batch) -> Tensor:
-            optimizer.zero_grad()
-            loss = job.loss(batch)
-            loss.backward()
-            record.evaluations += 1
-            return loss
-
-        losses.append(optimizer.step(closure).detach())
-        scheduler.step()
-        if diagnostics := getattr(optimizer, "diagnostics", None):
-            alphas.append(diagnostics["alpha"].float().mean())
-        record.step += 1
-        bar.update()
-    job.synchronize()
-    record.seconds += time.perf_counter() - start
-    record.loss += torch.stack(losses).tolist()
-    if alphas:
-        record.alpha += torch.stack(alphas).tolist()
+def measure(job: Job, record: Record) -> None:
+    """What the table says of the final weights beside their accuracy."""
+    record.sharpness = job.sharpness([job.options.rho], job.options.asam)[0] if job.options.rho else 0.0
+    record.noise_accuracy = statistics.mean(job.noise_robustness([NOISE_LEVEL], samples=10)[0])
 
 
 def snapshot(method: str, job: Job, optimizer: Optimizer, scheduler: LRScheduler) -> dict[str, Any]:

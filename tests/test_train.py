@@ -20,8 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import checkpoint as checkpoints
-from benchmarks import files, options, plots, train
+from benchmarks import files, methods, options, plots, train
 from benchmarks.job import Job
+from benchmarks.methods import METHODS
 from benchmarks.models import ResidualNetwork
 from tests.test_data import write_cifar10, write_idx
 
@@ -99,7 +100,7 @@ def test_the_network_is_residual():
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> dict:
-    """One run of all four methods at the default size, with its output."""
+    """One run of the four default methods at the default size, with its output."""
     folder = tmp_path_factory.mktemp("whole") / "run"
     argv = ["-m", "benchmarks.train", "--epochs", "3", "--k", "3", "--alpha", "0.4", "--output", str(folder)]
     result = subprocess.run([sys.executable, *argv], cwd=Path(__file__).parents[1], capture_output=True, text=True)
@@ -127,7 +128,7 @@ def test_every_method_learns(whole):
 
 
 def test_table_csv_and_json_agree(whole):
-    assert list(whole["summary"]) == list(options.METHODS)
+    assert list(whole["summary"]) == list(methods.DEFAULT)
     table = [re.split(r"\s{2,}", line) for line in whole["stdout"].splitlines()]
     assert table[0] == [
         "method",
@@ -136,6 +137,8 @@ def test_table_csv_and_json_agree(whole):
         "gradient evaluations",
         "seconds",
         "seconds/evaluation",
+        "sharpness",
+        "accuracy, noise",
     ]
     for line, row, entry in zip(table[2:], whole["summary"].values(), whole["json"]["summary"], strict=True):
         assert line[0] == row["method"] == entry["method"]
@@ -145,6 +148,8 @@ def test_table_csv_and_json_agree(whole):
         assert line[4] == f"{float(row['seconds']):.1f}" == f"{entry['seconds']:.1f}"
         assert line[5] == f"{float(row['seconds_per_evaluation']):.5f}" == f"{entry['seconds_per_evaluation']:.5f}"
         assert entry["seconds"] / entry["gradient_evaluations"] == entry["seconds_per_evaluation"] > 0
+        assert line[6] == f"{float(row['sharpness']):.4g}" == f"{entry['sharpness']:.4g}"
+        assert line[7] == f"{float(row['noise_accuracy']):.2%}" == f"{entry['noise_accuracy']:.2%}"
     assert whole["json"]["settings"]["k"] == 3
     assert whole["json"]["environment"]["torch"] == str(torch.__version__)
 
@@ -156,7 +161,7 @@ def test_gradient_evaluations(whole):
 
 
 def test_history_has_a_line_for_each_step(whole):
-    for method in options.METHODS:
+    for method in methods.DEFAULT:
         lines = [line for line in whole["history"] if line["method"] == method]
         assert [int(line["step"]) for line in lines] == list(range(1, 61))
         assert [int(line["epoch"]) for line in lines] == [epoch for epoch in (1, 2, 3) for _ in range(20)]
@@ -191,13 +196,126 @@ def test_the_saved_weights_have_the_accuracy_that_was_reported(whole):
         assert right / 454 == float(row["test_accuracy"])
 
 
+def test_the_saved_weights_have_the_sharpness_and_the_robustness_that_were_reported(whole):
+    """Sharpness as its definition has it, over the first 512 images in minibatches of 64."""
+    chosen, _ = options.parse(["--threads", "1"])
+    job = Job(chosen)
+    for method, row in whole["summary"].items():
+        job.model.load_state_dict(torch.load(whole["folder"] / f"weights-{method}.pt"))
+        job.model.eval()
+        params = list(job.model.parameters())
+        rises = []
+        for batch in torch.arange(512).split(64):
+            loss = job.loss(batch)
+            grads = torch.autograd.grad(loss, params)
+            norm = torch.cat([g.flatten() for g in grads]).norm()
+            with torch.no_grad():
+                for p, g in zip(params, grads, strict=True):
+                    p += 0.05 * g / norm
+                rises.append(job.loss(batch).item() - loss.item())
+                for p, g in zip(params, grads, strict=True):
+                    p -= 0.05 * g / norm
+        # the rise is a difference of two losses in float32
+        assert float(row["sharpness"]) == pytest.approx(sum(rises) / 8, rel=1e-3)
+        assert 0.5 < float(row["noise_accuracy"]) < float(row["test_accuracy"]) + 0.01
+
+
+# Every method
+
+# gradient evaluations a step with k = 3
+COSTS = {
+    "sgd": 1,
+    "lookahead": 1,
+    "sam": 2,
+    "multistep": 4,
+    "multistep-average": 4,
+    "lookahead-sam": 2,
+    "lookbehind": 4,
+    "lookbehind-adaptive": 4,
+    "sam-free": 1,
+    "lookbehind-free": 3,
+}
+
+
+@pytest.fixture(scope="module")
+def family(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small run of every method."""
+    folder = tmp_path_factory.mktemp("family") / "run"
+    assert train.main([*SMALL, *flags(method=",".join(METHODS), k=3, output=folder)]) == 0
+    return folder
+
+
+def test_every_method_costs_what_it_says(family):
+    for method, record in checkpoints.load(family).records.items():
+        times_k, more = METHODS[method].gradients
+        assert record.evaluations == COSTS[method] * STEPS == (3 * times_k + more) * STEPS
+
+
+def test_every_method_is_another_one(family):
+    weights = [torch.load(family / f"weights-{method}.pt")["stem.weight"] for method in METHODS]
+    assert len(weights) == len(COSTS)
+    for a, b in itertools.combinations(weights, 2):
+        assert not torch.equal(a, b)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_goes_on_as_though_it_had_not_stopped(tmp_path, family, no_picture, monkeypatch, method):
+    """Stopped after 7 of 12 steps: within an epoch, and between two of Lookahead's interpolations."""
+    save, folder = checkpoints.save, tmp_path / "run"
+
+    def interrupt(folder: Path, checkpoint: checkpoints.Checkpoint) -> None:
+        save(folder, checkpoint)
+        if checkpoint.records[method].step == 7:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints, "save", interrupt)
+        run(folder, *flags(k=3, checkpoint_every=7), method=method, code=130)
+    assert checkpoints.load(folder).records[method].sharpness is None
+    assert train.main(["--resume", "--output", str(folder)]) == 0
+    assert same(torch.load(folder / f"weights-{method}.pt"), torch.load(family / f"weights-{method}.pt"))
+    ours, expected = (vars(checkpoints.load(of).records[method]) for of in (folder, family))
+    assert {**ours, "seconds": None} == {**expected, "seconds": None}
+
+
+def test_lookaheads_slow_weights_are_what_is_evaluated_and_saved(tmp_path, no_picture):
+    """With more steps between two interpolations than the run has, they are the first weights."""
+    chosen, _ = options.parse(SMALL)
+    job = Job(chosen)
+    saved = run(tmp_path / "run", *flags(k=STEPS + 1), method="lookahead")
+    assert all(torch.equal(saved[name], p) for name, p in job.model.named_parameters())
+    assert not torch.equal(saved["norm.running_mean"], job.model.norm.running_mean)
+
+
+def test_each_inner_step_of_free_lookbehind_has_a_minibatch_of_its_own(tmp_path, no_picture, monkeypatch):
+    chosen, _ = options.parse([*SMALL, "--k", "3"])
+    job, seen = Job(chosen), []
+    loss = Job.loss
+    monkeypatch.setattr(Job, "loss", lambda self, batch: (seen.append(batch.tolist()), loss(self, batch))[1])
+    run(tmp_path / "run", "--k", "3", method="lookbehind-free")
+    assert seen == [job.batch(number).tolist() for number in range(3 * STEPS)]
+
+
+def test_microbatches_split_the_minibatch(tmp_path, no_picture, monkeypatch):
+    """m-SAM with two halves: each is evaluated twice, and both ascend by themselves."""
+    seen, loss = [], Job.loss
+    monkeypatch.setattr(Job, "loss", lambda self, batch: (seen.append(batch.tolist()), loss(self, batch))[1])
+    split = run(tmp_path / "split", "--microbatches", "2", method="sam")
+    job = Job(options.parse(SMALL)[0])
+    batch = job.batch(0).tolist()
+    assert seen[:4] == [batch[:8], batch[:8], batch[8:], batch[8:]]
+    assert checkpoints.load(tmp_path / "split").records["sam"].evaluations == 4 * STEPS
+    assert not same(split, run(tmp_path / "whole", method="sam"))
+
+
 def test_the_picture_shows_every_method(whole):
     from matplotlib.colors import to_rgb
     from matplotlib.image import imread
 
     picture = imread(whole["folder"] / "curves.png")[..., :3]
     assert picture.shape == (1120, 2000, 3)
-    for method, colour in plots.COLOURS.items():
+    for method in methods.DEFAULT:
+        colour = METHODS[method].colour
         painted = (abs(picture - to_rgb(colour)) < 0.01).all(axis=2)
         left, right = painted[:, :1100], painted[:, 1150:]
         assert left.sum() > 1000, f"{method} in the loss panel"
@@ -302,7 +420,7 @@ def test_every_batch_is_new_and_full():
     job = Job(chosen)
     orders = []
     for epoch in range(3):
-        batches = job.batches(epoch)
+        batches = [job.batch(6 * epoch + place) for place in range(6)]
         assert [len(batch) for batch in batches] == [16] * 6
         order = torch.cat(batches).tolist()
         assert len(set(order)) == 96
@@ -677,7 +795,7 @@ def test_nothing_to_resume(tmp_path, capfd, monkeypatch):
 # Mistakes
 
 MISTAKES = [
-    (["--method", "adam"], "--method: expected sgd, sam, lookbehind, lookbehind-adaptive, got 'adam'"),
+    (["--method", "adam"], f"--method: expected {', '.join(METHODS)}, got 'adam'"),
     (["--method", "sgd,"], "--method"),
     (["--k", "0"], "--k: expected a whole number of at least 1, got '0'"),
     (["--k", "2.5"], "--k: expected a whole number of at least 1, got '2.5'"),
@@ -706,6 +824,8 @@ MISTAKES = [
     (["--device", "cuda:99"], "--device cuda:99"),
     (["--backend", "fastest"], "backend"),
     (["--backend", "fastest", "--method", "sgd"], "backend"),
+    (["--microbatches", "0"], "--microbatches: expected a whole number of at least 1, got '0'"),
+    (["--microbatches", "5"], "--microbatches: expected a divisor of the batch size, 64, got 5"),
     (["--threads", "0"], "--threads"),
     (["--nonsense"], "--nonsense"),
     (["--epoch", "3"], "--epoch"),
