@@ -78,12 +78,31 @@ def check_grad_scale(value: Any) -> None:
 
 
 def check_group(group: dict[str, Any], where: str = "") -> None:
-    """Refuse a group's rho, eta or adaptive; ``where`` says whose, if not the constructor's."""
+    """Refuse a group's rho, eta or adaptive; ``where`` says whose, if not the constructor's.
+
+    In a parameter group ``adaptive`` may also be a list of bools, one for each of its parameters.
+    """
     for name in ("rho", "eta"):
         value = group[name]
         if not (_is_number(value) and 0 <= value < math.inf):
             raise _wrong(f"{where}[{name!r}]" if where else name, "a finite number >= 0", value, (numbers.Real,))
-    check_bool(f"{where}['adaptive']" if where else "adaptive", group["adaptive"])
+    adaptive, name = group["adaptive"], f"{where}['adaptive']" if where else "adaptive"
+    if not isinstance(adaptive, list) or "params" not in group:
+        check_bool(name, adaptive)
+        return
+    if len(adaptive) != len(group["params"]):
+        raise ValueError(
+            f"{name}: expected True, False or a list of {len(group['params'])} bools, one for each parameter of the "
+            f"group, got a list of {len(adaptive)}"
+        )
+    for index, value in enumerate(adaptive):
+        check_bool(f"{name}[{index}]", value)
+
+
+def adaptive_by_tensor(group: dict[str, Any]) -> list[bool]:
+    """For each parameter of a group, whether its ascent is scaled."""
+    adaptive = group["adaptive"]
+    return adaptive if isinstance(adaptive, list) else [adaptive] * len(group["params"])
 
 
 def check_bool(name: str, value: Any) -> None:
@@ -100,6 +119,43 @@ def _wrong(name: str, expected: str, value: Any, types: tuple[type, ...]) -> Exc
     """The error for an unacceptable value: ValueError where its type could have been right, else TypeError."""
     error = ValueError if isinstance(value, types) and not isinstance(value, bool) else TypeError
     return error(f"{name}: expected {expected}, got {value!r}")
+
+
+# ---- parameter groups ------------------------------------------------------------------------------------------------
+
+
+def weight_scaling(module: torch.nn.Module, **settings: Any) -> dict[str, Any]:
+    """All parameters of a module as one parameter group, in which ASAM scales the tensors whose name contains "weight".
+
+    So do the authors of Lookbehind-SAM: biases ascend without the scaling T. Example::
+
+        optimizer = ASAM([weight_scaling(model)], torch.optim.SGD, lr=0.1)
+
+    Args:
+        module: its ``named_parameters()`` give tensors and names.
+        **settings: further settings of the group, such as ``lr`` or ``rho``.
+
+    Returns:
+        ``{"params": [...], "adaptive": [...], **settings}``: one bool for each parameter.
+
+    Raises:
+        TypeError: it is not a module, or the settings hold ``params`` or ``adaptive``.
+    """
+    if not isinstance(module, torch.nn.Module):
+        raise TypeError(f"module: expected a torch.nn.Module, got {module!r}")
+    for name in ("params", "adaptive"):
+        if name in settings:
+            raise TypeError(
+                f"{name}: expected no such setting, since it follows from the module, got {settings[name]!r}"
+            )
+    scaled = weights_of(module)
+    params = list(module.parameters())
+    return {"params": params, "adaptive": [p in scaled for p in params], **settings}
+
+
+def weights_of(module: torch.nn.Module) -> set[Tensor]:
+    """The parameters whose name in the module contains "weight"."""
+    return {p for name, p in module.named_parameters() if "weight" in name}
 
 
 # ---- parameters ------------------------------------------------------------------------------------------------------
