@@ -53,10 +53,7 @@ def check_settings(k: int, alpha: float | str, alpha_scope: str, max_grad_norm: 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
     """
-    if not isinstance(k, int) or isinstance(k, bool):
-        raise TypeError(f"k: expected an int >= 1, got {k!r}")
-    if k < 1:
-        raise ValueError(f"k: expected an int >= 1, got {k!r}")
+    check_inner_steps("k", k)
     if alpha != "adaptive" and not (_is_number(alpha) and 0 < alpha <= 1):
         raise _wrong("alpha", 'a number in (0, 1] or "adaptive"', alpha, (numbers.Real, str))
     if alpha_scope not in ("global", "tensor"):
@@ -65,6 +62,14 @@ def check_settings(k: int, alpha: float | str, alpha_scope: str, max_grad_norm: 
         raise _wrong("max_grad_norm", "None or a finite number > 0", max_grad_norm, (numbers.Real,))
     if nonfinite not in ("propagate", "skip"):
         raise _wrong("nonfinite", '"propagate" or "skip"', nonfinite, (str,))
+
+
+def check_inner_steps(name: str, k: int) -> None:
+    """Refuse anything but an int >= 1."""
+    if not isinstance(k, int) or isinstance(k, bool):
+        raise TypeError(f"{name}: expected an int >= 1, got {k!r}")
+    if k < 1:
+        raise ValueError(f"{name}: expected an int >= 1, got {k!r}")
 
 
 def check_grad_scale(value: Any) -> None:

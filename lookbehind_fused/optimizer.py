@@ -217,12 +217,7 @@ class Lookbehind(Optimizer):
 
         Whatever is raised, by the closure or here, the weights and the base optimizer's state are as they were before.
         """
-        if self.__dict__.pop("found_inf", None) is not None:
-            self.grad_scale = 1.0  # GradScaler has written its own into it
-            raise RuntimeError(
-                "GradScaler.step(): expected step(closure), since a scaler looks for non-finite gradients before the "
-                'closure computes them; set grad_scale and nonfinite="skip", and scale the loss in the closure'
-            )
+        self._refuse_grad_scaler()
         if not callable(closure):
             raise TypeError(
                 "closure: expected a function that runs forward and backward and returns the loss, since a step takes "
@@ -240,6 +235,14 @@ class Lookbehind(Optimizer):
                 if evaluation.index == 0:
                     loss = value
         return loss
+
+    def _refuse_grad_scaler(self) -> None:
+        if self.__dict__.pop("found_inf", None) is not None:
+            self.grad_scale = 1.0  # GradScaler has written its own into it
+            raise RuntimeError(
+                "GradScaler.step(): expected step(closure), since a scaler looks for non-finite gradients before the "
+                'closure computes them; set grad_scale and nonfinite="skip", and scale the loss in the closure'
+            )
 
     def evaluations(self, *, apply: bool = True) -> Iterator[Evaluation]:
         """One outer step with the loop in the caller's hands: run forward and backward once per iteration.
