@@ -58,7 +58,7 @@ class SAM(Lookbehind):
 
 class ASAM(SAM):
     """Adaptive SAM (Kwon et al. 2021, algorithm 1): ``SAM`` with the ascent scaled by T = |w| + eta, so that rho is in
-    units of the scaled weights. Every tensor is scaled; groups may have their own ``adaptive``.
+    units of the scaled weights. Every tensor is scaled; groups may have their own ``adaptive`` (``weight_scaling``).
     """
 
     def __init__(
