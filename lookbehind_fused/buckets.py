@@ -326,9 +326,12 @@ class Bucket:
     @torch.no_grad()
     def keep_slow(self) -> None:
         """Keep all slow weights before the first evaluation, where it is not known when they will be perturbed."""
-        for name in {"slow", "perturbed"} & self.buffers.keys():
-            torch._foreach_copy_([self.view(name, row) for row in self.all_rows], self.params)
+        self._keep_slow(self.all_rows)
         self.joined = self.everyone
+
+    def _keep_slow(self, rows: Sequence[int]) -> None:
+        for name in {"slow", "perturbed"} & self.buffers.keys():
+            torch._foreach_copy_([self.view(name, row) for row in rows], self._params(rows))
 
     def return_to_slow(self) -> None:
         """Give the parameters their slow weights, for the next microbatch to ascend from."""
@@ -486,6 +489,8 @@ class Bucket:
         """Add the gradient to the mean; ascend with it too where it is not the last."""
         if not gathered.rows:
             return
+        if not evaluation.perturbed:  # the pass below does not
+            self._keep_slow(gathered.rows)
         sq_norms = scalars.sq_norms[self.device][evaluation.index]
         arguments = {
             "params": self._params(gathered.rows),

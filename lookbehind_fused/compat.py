@@ -82,6 +82,7 @@ class AuthorsForm:
     def _build(self, optimizer: Optimizer, model: nn.Module, rho: float, eta: float, **settings: Any) -> None:
         if not isinstance(optimizer, Optimizer):
             raise TypeError(f"optimizer: expected an instance of a torch optimizer, got {optimizer!r}")
+        family.refuse(self, settings, "microbatches", "ascent_gradient", "reuse_gradient", "alpha_scope", "adaptive")
         if not isinstance(model, nn.Module):
             raise TypeError(f"model: expected a torch.nn.Module, got {model!r}")
         self.optimizer, self.model = optimizer, model
@@ -460,6 +461,7 @@ class SingleFileSAM(family.SAM):
         check_bool("use_gc", use_gc)
         if not (is_number(perturb_eps) and 0 <= perturb_eps <= 1e-8):
             raise wrong("perturb_eps", "a number in [0, 1e-8]", perturb_eps, (numbers.Real,))
+        family.refuse(self, settings, "microbatches", "ascent_gradient")
         self.use_gc, self.model = use_gc, model
         super().__init__(params, base_optimizer, rho, adaptive, eta=eta, **settings)
 
