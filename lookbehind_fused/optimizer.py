@@ -211,7 +211,7 @@ class Lookbehind(Optimizer):
             RuntimeError: an outer step is open.
             ValueError: as for the constructor; the groups are as before.
         """
-        self._require_closed("add_param_group()")
+        self.require_closed("add_param_group()")
         if not isinstance(param_group, dict):
             raise TypeError(f"param_group: expected a dict, got {type(param_group).__name__}")
         own = {name: param_group.get(name, self.defaults[name]) for name in GROUP_DEFAULTS}
@@ -468,7 +468,7 @@ class Lookbehind(Optimizer):
 
     def _begin(self, remaining: list[Evaluation]) -> None:
         """Open an outer step. ``remaining`` is what ascent_step() and descent_step() still have to do."""
-        self._require_closed("a new step")
+        self.require_closed("a new step")
         self._prepare()
         self._remaining = remaining
         self._stats = RunningStats(self.running_stats_at_slow) if self.running_stats_at_slow is not None else None
@@ -688,7 +688,12 @@ class Lookbehind(Optimizer):
         self._state_ids = None
         self._completed = False
 
-    def _require_closed(self, what: str) -> None:
+    def require_closed(self, what: str) -> None:
+        """Refuse to do ``what`` while the weights are perturbed.
+
+        Raises:
+            RuntimeError: an outer step is open.
+        """
         if self._remaining is not None:
             raise RuntimeError(
                 f"{what}: expected no open step, but the weights are those of an evaluation; complete the step, or "
@@ -713,7 +718,7 @@ class Lookbehind(Optimizer):
         Raises:
             RuntimeError: an outer step is open, so that the weights are perturbed.
         """
-        self._require_closed("state_dict()")
+        self.require_closed("state_dict()")
         state_dict = super().state_dict()
         state_dict["lookbehind"] = {
             "k": self.k,
@@ -733,7 +738,7 @@ class Lookbehind(Optimizer):
             RuntimeError: an outer step is open.
             ValueError: it is of another k, model or base optimizer; nothing is changed.
         """
-        self._require_closed("load_state_dict()")
+        self.require_closed("load_state_dict()")
         if not isinstance(state_dict, dict):
             raise ValueError(f"state_dict: expected a dict as state_dict() returns, got {state_dict!r}")
         state_dict = dict(state_dict)
@@ -797,7 +802,7 @@ class Lookbehind(Optimizer):
                     raise ValueError(f"state_dict: {name}: expected {key!r} of shape {tuple(p.shape)}, got {came}")
 
     def __getstate__(self) -> dict[str, Any]:
-        self._require_closed("copying or pickling the optimizer")
+        self.require_closed("copying or pickling the optimizer")
         kept = ("base_optimizer", "defaults", *GIVEN, "grad_scale", "running_stats_at_slow", "backend", "_previous")
         return {name: self.__dict__[name] for name in kept}
 
