@@ -240,7 +240,8 @@ class Lookbehind(Optimizer):
             over them; with ``ascent_gradient="previous"``, which has no such evaluation, that of its first.
 
         Raises:
-            TypeError: there is no closure, or it returned None.
+            TypeError: there is no closure, it returned None, or it does not take the ``Evaluation`` that says which
+                microbatch it is to see.
             RuntimeError: it ran no backward, or a step is open already.
 
         Whatever is raised, by the closure or here, the weights and the base optimizer's state are as they were before.
@@ -251,6 +252,8 @@ class Lookbehind(Optimizer):
                 "closure: expected a function that runs forward and backward and returns the loss, since a step takes "
                 f"several gradients; got {closure!r} (loops that call backward themselves: evaluations())"
             )
+        if self.microbatches != 1:
+            _check_takes_evaluation(closure, self.microbatches)
         losses = []
         with closing(self._outer_step()) as evaluations:
             for evaluation in evaluations:
@@ -840,6 +843,18 @@ class Seen:
 
 
 # ---- arguments -------------------------------------------------------------------------------------------------------
+
+
+def _check_takes_evaluation(closure: Callable[..., Any], microbatches: int) -> None:
+    try:
+        inspect.signature(closure).bind(None)
+    except TypeError:
+        raise TypeError(
+            f"closure: expected a function of the Evaluation, since microbatches is {microbatches!r}: "
+            f"evaluation.part(batch) is what it is to see; got {closure!r}, which does not take it"
+        ) from None
+    except ValueError:  # a builtin, of which nothing is known
+        return
 
 
 def _check_stats(model: nn.Module | None, ascent_gradient: str) -> None:
