@@ -1,5 +1,6 @@
 """Lookbehind-SAM (Mordido et al., ICML 2024) as a torch optimizer, from k + 1 gradients a step."""
 
+from .arguments import weight_scaling
 from .evaluations import Evaluation
 from .family import ASAM, SAM, MultistepSAM
 from .lookahead import Lookahead
@@ -16,5 +17,6 @@ __all__ = [
     "Lookbehind",
     "MultistepSAM",
     "running_stats_at_slow",
+    "weight_scaling",
 ]
 __version__ = "0.1.0.dev0"

@@ -80,12 +80,12 @@ def check_settings(
         TypeError, ValueError: naming the argument, what was expected and what came.
     """
     check_int("k", k, 1)
-    if alpha != "adaptive" and not (_is_number(alpha) and 0 < alpha <= 1):
-        raise _wrong("alpha", 'a number in (0, 1] or "adaptive"', alpha, (numbers.Real, str))
+    if alpha != "adaptive" and not (is_number(alpha) and 0 < alpha <= 1):
+        raise wrong("alpha", 'a number in (0, 1] or "adaptive"', alpha, (numbers.Real, str))
     _check_choice("alpha_scope", alpha_scope, "global", "tensor")
     _check_choice("rho_scope", rho_scope, "step", "total")
-    if max_grad_norm is not None and not (_is_number(max_grad_norm) and 0 < max_grad_norm < math.inf):
-        raise _wrong("max_grad_norm", "None or a finite number > 0", max_grad_norm, (numbers.Real,))
+    if max_grad_norm is not None and not (is_number(max_grad_norm) and 0 < max_grad_norm < math.inf):
+        raise wrong("max_grad_norm", "None or a finite number > 0", max_grad_norm, (numbers.Real,))
     _check_choice("nonfinite", nonfinite, "propagate", "skip")
     check_int("microbatches", microbatches, 1)
     _check_choice("ascent_gradient", ascent_gradient, "current", "previous")
@@ -99,7 +99,7 @@ def check_settings(
 
 def _check_choice(name: str, value: Any, *choices: str) -> None:
     if value not in choices:
-        raise _wrong(name, " or ".join(f'"{choice}"' for choice in choices), value, (str,))
+        raise wrong(name, " or ".join(f'"{choice}"' for choice in choices), value, (str,))
 
 
 def check_grad_scale(value: Any) -> None:
@@ -108,21 +108,40 @@ def check_grad_scale(value: Any) -> None:
     if isinstance(value, Tensor):
         if value.numel() != 1 or not value.is_floating_point():
             raise ValueError(f"grad_scale: expected {expected}, got {describe(*layout(value)[:3])}")
-    elif not (_is_number(value) and 0 < value < math.inf):
-        raise _wrong("grad_scale", expected, value, (numbers.Real,))
+    elif not (is_number(value) and 0 < value < math.inf):
+        raise wrong("grad_scale", expected, value, (numbers.Real,))
 
 
 def check_group(group: dict[str, Any], where: str = "") -> None:
-    """Refuse a group's rho, eta or adaptive; ``where`` says whose, if not the constructor's."""
+    """Refuse a group's rho, eta or adaptive; ``where`` says whose, if not the constructor's.
+
+    In a parameter group ``adaptive`` may also be a list of bools, one for each of its parameters.
+    """
     for name in ("rho", "eta"):
         check_number(f"{where}[{name!r}]" if where else name, group[name])
-    check_bool(f"{where}['adaptive']" if where else "adaptive", group["adaptive"])
+    adaptive, name = group["adaptive"], f"{where}['adaptive']" if where else "adaptive"
+    if not isinstance(adaptive, list) or "params" not in group:
+        check_bool(name, adaptive)
+        return
+    if len(adaptive) != len(group["params"]):
+        raise ValueError(
+            f"{name}: expected True, False or a list of {len(group['params'])} bools, one for each parameter of the "
+            f"group, got a list of {len(adaptive)}"
+        )
+    for index, value in enumerate(adaptive):
+        check_bool(f"{name}[{index}]", value)
+
+
+def adaptive_by_tensor(group: dict[str, Any]) -> list[bool]:
+    """For each parameter of a group, whether its ascent is scaled."""
+    adaptive = group["adaptive"]
+    return adaptive if isinstance(adaptive, list) else [adaptive] * len(group["params"])
 
 
 def check_fraction(name: str, value: Any) -> None:
     """Refuse anything but a number in (0, 1]."""
-    if not (_is_number(value) and 0 < value <= 1):
-        raise _wrong(name, "a number in (0, 1]", value, (numbers.Real,))
+    if not (is_number(value) and 0 < value <= 1):
+        raise wrong(name, "a number in (0, 1]", value, (numbers.Real,))
 
 
 def check_bool(name: str, value: Any) -> None:
@@ -134,32 +153,70 @@ def check_bool(name: str, value: Any) -> None:
 def check_int(name: str, value: Any, least: int) -> None:
     """Refuse anything but an int >= ``least``."""
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise _wrong(name, f"an int >= {least}", value, (int,))
+        raise wrong(name, f"an int >= {least}", value, (int,))
 
 
 def check_number(name: str, value: Any, *, positive: bool = False) -> None:
     """Refuse anything but a finite number >= 0, or > 0 where it has to be ``positive``."""
-    if not (_is_number(value) and 0 <= value < math.inf) or (positive and value == 0):
-        raise _wrong(name, f"a finite number {'>' if positive else '>='} 0", value, (numbers.Real,))
+    if not (is_number(value) and 0 <= value < math.inf) or (positive and value == 0):
+        raise wrong(name, f"a finite number {'>' if positive else '>='} 0", value, (numbers.Real,))
 
 
 def check_numbers(name: str, values: Any, *, positive: bool = False) -> None:
     """Refuse anything but a non-empty sequence of what ``check_number`` accepts."""
     if not isinstance(values, Sequence) or isinstance(values, str) or not values:
         sign = ">" if positive else ">="
-        raise _wrong(name, f"a non-empty sequence of finite numbers {sign} 0", values, (list, tuple))
+        raise wrong(name, f"a non-empty sequence of finite numbers {sign} 0", values, (list, tuple))
     for i, value in enumerate(values):
         check_number(f"{name}[{i}]", value, positive=positive)
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
+    """Whether it is a real number, and not a bool."""
     return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
-def _wrong(name: str, expected: str, value: Any, types: tuple[type, ...]) -> Exception:
+def wrong(name: str, expected: str, value: Any, types: tuple[type, ...]) -> Exception:
     """The error for an unacceptable value: ValueError where its type could have been right, else TypeError."""
     error = ValueError if isinstance(value, types) and not isinstance(value, bool) else TypeError
     return error(f"{name}: expected {expected}, got {value!r}")
+
+
+# ---- parameter groups ------------------------------------------------------------------------------------------------
+
+
+def weight_scaling(module: torch.nn.Module, **settings: Any) -> dict[str, Any]:
+    """All parameters of a module as one parameter group, in which ASAM scales the tensors whose name contains "weight".
+
+    So do the authors of Lookbehind-SAM: biases ascend without the scaling T. Example::
+
+        optimizer = ASAM([weight_scaling(model)], torch.optim.SGD, lr=0.1)
+
+    Args:
+        module: its ``named_parameters()`` give tensors and names.
+        **settings: further settings of the group, such as ``lr`` or ``rho``.
+
+    Returns:
+        ``{"params": [...], "adaptive": [...], **settings}``: one bool for each parameter.
+
+    Raises:
+        TypeError: it is not a module, or the settings hold ``params`` or ``adaptive``.
+    """
+    if not isinstance(module, torch.nn.Module):
+        raise TypeError(f"module: expected a torch.nn.Module, got {module!r}")
+    for name in ("params", "adaptive"):
+        if name in settings:
+            raise TypeError(
+                f"{name}: expected no such setting, since it follows from the module, got {settings[name]!r}"
+            )
+    scaled = weights_of(module)
+    params = list(module.parameters())
+    return {"params": params, "adaptive": [p in scaled for p in params], **settings}
+
+
+def weights_of(module: torch.nn.Module) -> set[Tensor]:
+    """The parameters whose name in the module contains "weight"."""
+    return {p for name, p in module.named_parameters() if "weight" in name}
 
 
 # ---- parameters ------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Buckets: the tensors of one (device, dtype, group), their flat buffers, and the passes over them.
+"""Buckets: the tensors of one (device, dtype, group, ``adaptive``), their flat buffers, and the passes over them.
 
 A bucket owns one flat buffer per state; each tensor's slice starts on a 64-byte boundary and holds its elements in the
 parameter's own memory order. Parameters and gradients stay where PyTorch put them.
@@ -89,7 +89,7 @@ class Scalars:
 
 
 class Bucket:
-    """The tensors of one parameter group that share device and dtype.
+    """The tensors of one parameter group that share device, dtype and whether their ascent is scaled.
 
     Args:
         number: position among all buckets: the row of ``Scalars`` that this one writes.
@@ -98,6 +98,7 @@ class Bucket:
         params: the tensors.
         group_name: what the group is called in messages.
         group: their parameter group; read again at the start of every outer step.
+        adaptive: whether their ascent is scaled; the group may have others.
         base: the optimizer in whose ``state`` the buffers of ``rule`` are published.
         rule: how the kernels update the fast weights.
         kernels: the backend.
@@ -111,12 +112,14 @@ class Bucket:
         params: list[Tensor],
         group_name: str,
         group: dict[str, Any],
+        adaptive: bool,
         base: Optimizer,
         rule: Rule,
         kernels: ModuleType,
     ) -> None:
         self.number, self.indices, self.names, self.params = number, indices, names, params
         self.group_name, self.group, self.base, self.rule, self.kernels = group_name, group, base, rule, kernels
+        self.adaptive = adaptive
         self.device, self.dtype = params[0].device, params[0].dtype
         self.low_precision = self.dtype in (torch.bfloat16, torch.float16)
         self.buffer_dtype = torch.float32 if self.low_precision else self.dtype
@@ -179,7 +182,7 @@ class Bucket:
             moved: whether parameters may be at other addresses than at the last step.
 
         Raises:
-            ValueError: the group's rho, adaptive or eta is not acceptable, or a tensor in ``base.state[p]`` has not the
+            ValueError: the group's rho or eta is not acceptable, or a tensor in ``base.state[p]`` has not the
                 parameter's shape.
         """
         self._read_group(settings, grad_scale)
@@ -237,7 +240,6 @@ class Bucket:
             *(group["rho"], settings.ascents_in_rho, group["eta"], settings.static_alpha, settings.max_grad_norm),
             *self.rule.hyper(group),
             *(
-                group["adaptive"],
                 settings.alpha_scope,
                 self.rule.flags(group),
                 settings.nonfinite,
@@ -258,7 +260,7 @@ class Bucket:
             rate = -1 / settings.gathered
             self._set(self.mean_hyper, (rho, group["eta"], 1.0, float("inf"), 1.0, rate, 0.0, 0.0, 0.0))
         per_tensor = Flag.PER_TENSOR * (settings.alpha_scope == "tensor")
-        switches = Flag.ADAPTIVE * group["adaptive"] + per_tensor + Flag.SKIPS * settings.skips
+        switches = Flag.ADAPTIVE * self.adaptive + per_tensor + Flag.SKIPS * settings.skips
         self.flags = int(self.rule.flags(group) + switches)
         self.group_values = () if any(isinstance(value, Tensor) for value in hyper) else values  # they change in place
 
@@ -324,9 +326,12 @@ class Bucket:
     @torch.no_grad()
     def keep_slow(self) -> None:
         """Keep all slow weights before the first evaluation, where it is not known when they will be perturbed."""
-        for name in {"slow", "perturbed"} & self.buffers.keys():
-            torch._foreach_copy_([self.view(name, row) for row in self.all_rows], self.params)
+        self._keep_slow(self.all_rows)
         self.joined = self.everyone
+
+    def _keep_slow(self, rows: Sequence[int]) -> None:
+        for name in {"slow", "perturbed"} & self.buffers.keys():
+            torch._foreach_copy_([self.view(name, row) for row in rows], self._params(rows))
 
     def return_to_slow(self) -> None:
         """Give the parameters their slow weights, for the next microbatch to ascend from."""
@@ -484,6 +489,8 @@ class Bucket:
         """Add the gradient to the mean; ascend with it too where it is not the last."""
         if not gathered.rows:
             return
+        if not evaluation.perturbed:  # the pass below does not
+            self._keep_slow(gathered.rows)
         sq_norms = scalars.sq_norms[self.device][evaluation.index]
         arguments = {
             "params": self._params(gathered.rows),

@@ -82,6 +82,16 @@ class StepPlan(NamedTuple):
         return len(self.evaluations) + len(self.means)
 
 
+class Use(NamedTuple):
+    """What an evaluation is used for: the inner step that it belongs to, whether a descent uses its gradient, and
+    whether the next ascent does.
+    """
+
+    inner_step: int
+    descends: bool
+    ascends: bool
+
+
 @lru_cache
 def lookbehind(k: int, reuse_gradient: bool, microbatches: int = 1) -> StepPlan:
     """k ascents, each followed by a descent (Mordido et al. 2024, algorithm 1). In the 2k form each inner step
@@ -91,67 +101,73 @@ def lookbehind(k: int, reuse_gradient: bool, microbatches: int = 1) -> StepPlan:
     their own; the i-th descent uses the mean of their i-th gradients. The ascent does not depend on the descents, which
     therefore wait for the last microbatch.
     """
-    uses = [(1, False, True)]
+    uses = [Use(1, descends=False, ascends=True)]
     for i in range(1, k + 1):
-        uses.append((i, True, reuse_gradient and i < k))
+        uses.append(Use(i, descends=True, ascends=reuse_gradient and i < k))
         if not reuse_gradient and i < k:
-            uses.append((i + 1, False, True))
-    if microbatches > 1:
-        return _with_means(uses, range(k), microbatches)
-    return _with_gradients(uses)
+            uses.append(Use(i + 1, descends=False, ascends=True))
+    return plan(uses, range(k), microbatches) if microbatches > 1 else plan(uses)
 
 
 @lru_cache
 def multistep(k: int, average: bool) -> StepPlan:
     """k ascents, then a single descent with the last gradient, or with the mean of those behind (Kim et al. 2023)."""
-    if average:
-        return _with_means([(1, False, True), *((i, True, i < k) for i in range(1, k + 1))], [0] * k)
-    return _with_gradients([(1, False, True), *((i, False, True) for i in range(1, k)), (k, True, False)])
+    uses = [Use(1, descends=False, ascends=True)]
+    uses += [Use(i, descends=average or i == k, ascends=i < k) for i in range(1, k + 1)]
+    return plan(uses, [0] * k) if average else plan(uses)
 
 
-Uses = Sequence[tuple[int, bool, bool]]
-"""The inner step of each evaluation, whether a descent uses it, and whether the next ascent does."""
+def plan(uses: Sequence[Use], mean_of: Sequence[int] | None = None, microbatches: int = 1) -> StepPlan:
+    """The plan of a method, from what each of its evaluations is used for.
+
+    Args:
+        uses: in the order of evaluation. Evaluation 0 is at the slow weights; each other one is where the ascents
+            before it have led.
+        mean_of: None lets every descent follow its evaluation at once. Or for each use by a descent the number, from
+            0, of the mean that it is part of: then the descents follow the last evaluation, one with each mean.
+        microbatches: how many times ``uses`` is gone through, each time from the slow weights with another microbatch;
+            the means are over all of them.
+    """
+    return _with_gradients(uses) if mean_of is None else _with_means(uses, mean_of, microbatches)
 
 
-def _with_gradients(uses: Uses) -> StepPlan:
-    """Each descent follows its evaluation at once."""
-    descents = sum(descends for _, descends, _ in uses)
+def _with_gradients(uses: Sequence[Use]) -> StepPlan:
+    descents = sum(use.descends for use in uses)
     number, found = 0, []
-    for index, (inner_step, descends, ascends) in enumerate(uses):
-        evaluation = Evaluation(index, inner_step, False, ascends, index > 0, closes=index + 1 == len(uses))
-        if descends:
+    for index, use in enumerate(uses):
+        closes = index + 1 == len(uses)
+        evaluation = Evaluation(index, use.inner_step, False, use.ascends, perturbed=index > 0, closes=closes)
+        if use.descends:
             number += 1
             evaluation = _descent(evaluation, number, descents)
         found.append(evaluation)
     return StepPlan(tuple(found), descents)
 
 
-def _with_means(uses: Uses, mean_of: Sequence[int], microbatches: int = 1) -> StepPlan:
-    """All descents follow the last evaluation. ``mean_of``: for each use by a descent, the mean that it is part of."""
+def _with_means(uses: Sequence[Use], mean_of: Sequence[int], microbatches: int) -> StepPlan:
     found: list[Evaluation] = []
     for microbatch in range(microbatches):
-        means = iter(mean_of)
-        for position, (inner_step, gathers, ascends) in enumerate(uses):
-            at_end = position + 1 == len(uses)
-            more = microbatch + 1 < microbatches
-            found.append(
-                Evaluation(
-                    *(len(found), inner_step, False, ascends, position > 0),
-                    gathers=gathers,
-                    mean=MEAN + str(next(means)) if gathers else "",
-                    **{"microbatch": microbatch, "microbatches": microbatches},
-                    returns=at_end and more,
-                    closes=at_end and not more,
-                )
+        numbers = iter(mean_of)
+        found += [
+            Evaluation(
+                *(microbatch * len(uses) + position, use.inner_step, False, use.ascends),
+                perturbed=position > 0,
+                gathers=use.descends,
+                mean=MEAN + str(next(numbers)) if use.descends else "",
+                microbatch=microbatch,
+                microbatches=microbatches,
+                returns=position + 1 == len(uses),
             )
-    count = max(mean_of) + 1
-    end = found.pop()
+            for position, use in enumerate(uses)
+        ]
+    end = replace(found.pop(), returns=False, closes=True)
+    means = tuple(MEAN + str(number) for number in range(max(mean_of) + 1))
     then = [
-        _descent(replace(end, index=end.index + 1 + n, gathers=False, mean=MEAN + str(n)), n + 1, count)
-        for n in range(count)
+        _descent(replace(end, index=end.index + number, gathers=False, mean=mean), number, len(means))
+        for number, mean in enumerate(means, 1)
     ]
     found.append(replace(end, then=tuple(then)))
-    return StepPlan(tuple(found), count, tuple(e.mean for e in then), len(mean_of) * microbatches // count)
+    return StepPlan(tuple(found), len(means), means, len(mean_of) * microbatches // len(means))
 
 
 def _descent(evaluation: Evaluation, number: int, descents: int) -> Evaluation:

@@ -40,7 +40,7 @@ class SAM(Lookbehind):
         adaptive: bool = GROUP_DEFAULTS["adaptive"],
         **settings: Any,
     ) -> None:
-        _refuse(self, settings, "k", "alpha", "alpha_scope", "reuse_gradient")
+        refuse(self, settings, "k", "alpha", "alpha_scope", "reuse_gradient")
         super().__init__(params, base_optimizer, rho=rho, adaptive=adaptive, k=1, alpha=1.0, **settings)
 
     def first_step(self, zero_grad: bool = False) -> None:
@@ -58,13 +58,13 @@ class SAM(Lookbehind):
 
 class ASAM(SAM):
     """Adaptive SAM (Kwon et al. 2021, algorithm 1): ``SAM`` with the ascent scaled by T = |w| + eta, so that rho is in
-    units of the scaled weights. Every tensor is scaled; groups may have their own ``adaptive``.
+    units of the scaled weights. Every tensor is scaled; groups may have their own ``adaptive`` (``weight_scaling``).
     """
 
     def __init__(
         self, params: ParamsT | None, base_optimizer: type[Optimizer] | Optimizer, rho: float = 0.5, **settings: Any
     ) -> None:
-        _refuse(self, settings, "adaptive")
+        refuse(self, settings, "adaptive")
         super().__init__(params, base_optimizer, rho, True, **settings)
 
 
@@ -91,7 +91,7 @@ class MultistepSAM(Lookbehind):
         average: bool = False,
         **settings: Any,
     ) -> None:
-        _refuse(self, settings, "alpha", "alpha_scope", "reuse_gradient", "microbatches", "ascent_gradient")
+        refuse(self, settings, "alpha", "alpha_scope", "reuse_gradient", "microbatches", "ascent_gradient")
         check_bool("average", average)
         self.average = average
         super().__init__(params, base_optimizer, rho=rho, k=k, alpha=1.0, **settings)
@@ -103,7 +103,12 @@ class MultistepSAM(Lookbehind):
         return {**super().__getstate__(), "average": self.average}
 
 
-def _refuse(method: Lookbehind, settings: dict[str, Any], *names: str) -> None:
+def refuse(method: object, settings: dict[str, Any], *names: str) -> None:
+    """Refuse settings of ``Lookbehind`` that a method has no use for.
+
+    Raises:
+        TypeError: naming the first of ``names`` that is there.
+    """
     for name in names:
         if name in settings:
             raise TypeError(

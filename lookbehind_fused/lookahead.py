@@ -180,9 +180,11 @@ class Lookahead(Optimizer):
         whatever happens.
 
         Raises:
-            RuntimeError: it is entered a second time, or parameters were added, removed or replaced.
+            RuntimeError: it is entered a second time, a step is open, or parameters were added, removed or replaced.
         """
         self._require_fast_weights("slow_weights()")
+        if isinstance(self.optimizer, Lookbehind):
+            self.optimizer.require_closed("slow_weights()")
         self._require_same_parameters()
         self._backup = [p.detach().clone() for p in self._tensors]
         try:
@@ -298,8 +300,8 @@ class _Copies:
         if self.rounds:
             fast = torch.empty_like(self.slow)
             _copy(self.params, self._views_of(fast))
-        angle = torch.tensor([[2 * alpha - 1, 1.0, 1.0]], dtype=torch.float64)
-        sums = angle.to(self.slow.device, non_blocking=True)
+        sums = torch.ones(1, 3, dtype=torch.float64, device=self.slow.device)
+        sums[0, 0] = 2 * alpha - 1
         self.kernels.interpolate(
             params=self.params, perturbed=fast, slow=self.slow, table=self.table, sums=sums, flags=0
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
+from copy import deepcopy
 from itertools import chain
 from typing import Any
 
@@ -17,6 +18,7 @@ from . import evaluations, kernels
 from .arguments import (
     GIVEN,
     Settings,
+    adaptive_by_tensor,
     check_grad_scale,
     check_group,
     check_parameters,
@@ -75,7 +77,8 @@ class Lookbehind(Optimizer):
     Args:
         params: parameters, ``named_parameters()`` or parameter groups, as for any torch optimizer; None where
             ``base_optimizer`` is an instance. Dense real tensors of float64, float32, bfloat16 or float16. A group may
-            have its own ``rho``, ``adaptive`` and ``eta``.
+            have its own ``rho``, ``adaptive`` and ``eta``; its ``adaptive`` may be a list of bools, one for each of its
+            parameters (``weight_scaling`` makes such a group from a module).
         base_optimizer: a torch optimizer class, built with ``base_kwargs``, or an instance, whose groups are shared.
             ``SGD``, ``Adam`` and ``AdamW`` are rules of the kernels; any other runs its own ``step()`` on the fast
             weights.
@@ -208,15 +211,17 @@ class Lookbehind(Optimizer):
             RuntimeError: an outer step is open.
             ValueError: as for the constructor; the groups are as before.
         """
-        self._require_closed("add_param_group()")
+        self.require_closed("add_param_group()")
         if not isinstance(param_group, dict):
             raise TypeError(f"param_group: expected a dict, got {type(param_group).__name__}")
         own = {name: param_group.get(name, self.defaults[name]) for name in GROUP_DEFAULTS}
-        check_group(own, f"param_groups[{len(self.param_groups)}]")
+        where = f"param_groups[{len(self.param_groups)}]"
+        check_group({**own, "adaptive": False}, where)
         self.base_optimizer.add_param_group(param_group)
         try:
+            check_group({**own, "params": self.param_groups[-1]["params"]}, where)
             check_parameters(*params_and_names(self.param_groups))
-        except ValueError:
+        except (TypeError, ValueError):
             self.param_groups.pop()
             raise
         self.param_groups[-1].update(own)
@@ -235,22 +240,20 @@ class Lookbehind(Optimizer):
             over them; with ``ascent_gradient="previous"``, which has no such evaluation, that of its first.
 
         Raises:
-            TypeError: there is no closure, or it returned None.
+            TypeError: there is no closure, it returned None, or it does not take the ``Evaluation`` that says which
+                microbatch it is to see.
             RuntimeError: it ran no backward, or a step is open already.
 
         Whatever is raised, by the closure or here, the weights and the base optimizer's state are as they were before.
         """
-        if self.__dict__.pop("found_inf", None) is not None:
-            self.grad_scale = 1.0  # GradScaler has written its own into it
-            raise RuntimeError(
-                "GradScaler.step(): expected step(closure), since a scaler looks for non-finite gradients before the "
-                'closure computes them; set grad_scale and nonfinite="skip", and scale the loss in the closure'
-            )
+        self._refuse_grad_scaler()
         if not callable(closure):
             raise TypeError(
                 "closure: expected a function that runs forward and backward and returns the loss, since a step takes "
                 f"several gradients; got {closure!r} (loops that call backward themselves: evaluations())"
             )
+        if self.microbatches != 1:
+            _check_takes_evaluation(closure, self.microbatches)
         losses = []
         with closing(self._outer_step()) as evaluations:
             for evaluation in evaluations:
@@ -263,6 +266,14 @@ class Lookbehind(Optimizer):
                 if not (losses and evaluation.perturbed):
                     losses.append(value)
         return losses[0] if len(losses) == 1 else sum(losses) / len(losses)
+
+    def _refuse_grad_scaler(self) -> None:
+        if self.__dict__.pop("found_inf", None) is not None:
+            self.grad_scale = 1.0  # GradScaler has written its own into it
+            raise RuntimeError(
+                "GradScaler.step(): expected step(closure), since a scaler looks for non-finite gradients before the "
+                'closure computes them; set grad_scale and nonfinite="skip", and scale the loss in the closure'
+            )
 
     def evaluations(self, *, apply: bool = True) -> Iterator[Evaluation]:
         """One outer step with the loop in the caller's hands: run forward and backward once per iteration.
@@ -460,7 +471,7 @@ class Lookbehind(Optimizer):
 
     def _begin(self, remaining: list[Evaluation]) -> None:
         """Open an outer step. ``remaining`` is what ascent_step() and descent_step() still have to do."""
-        self._require_closed("a new step")
+        self.require_closed("a new step")
         self._prepare()
         self._remaining = remaining
         self._stats = RunningStats(self.running_stats_at_slow) if self.running_stats_at_slow is not None else None
@@ -598,6 +609,8 @@ class Lookbehind(Optimizer):
             for group in self.param_groups:
                 for name in GROUP_DEFAULTS:
                     group.setdefault(name, self.defaults[name])
+            for number, group in enumerate(self.param_groups):
+                check_group(group, f"param_groups[{number}]")
             if not self._buckets_fit(tensors):
                 self._build_buckets()
         if settings is not self._settings:
@@ -629,14 +642,22 @@ class Lookbehind(Optimizer):
         return [*map(id, chain.from_iterable(map(dict.values, self.base_optimizer.state.values())))]
 
     def _buckets_fit(self, tensors: list[Tensor]) -> bool:
-        """Whether the buckets still hold the tensors that can have a gradient, in their groups and memory layouts."""
+        """Whether the buckets still hold the tensors that can have a gradient, in their groups and memory layouts, and
+        whether their ascents are still to be scaled or not.
+        """
         if self._buckets is None:
             return False
         same_layout = all([bucket.same_layout(tensors) for bucket in self._buckets])
         groups = {id(group) for group in self.param_groups}
         held = {id(p) for bucket in self._buckets for p in bucket.params if id(bucket.group) in groups}
         trained = {id(p) for p in tensors if self._takes_part(p)}
-        return same_layout and trained <= held and all(id(bucket.group) in groups for bucket in self._buckets)
+        adaptive = list(chain.from_iterable(map(adaptive_by_tensor, self.param_groups)))
+        return (
+            same_layout
+            and trained <= held
+            and all(id(bucket.group) in groups for bucket in self._buckets)
+            and all(adaptive[index] == bucket.adaptive for bucket in self._buckets for index in bucket.indices)
+        )
 
     def _takes_part(self, p: Tensor) -> bool:
         return p.requires_grad or p.grad is not None
@@ -647,21 +668,22 @@ class Lookbehind(Optimizer):
         check_parameters(params, names)
         indexed = iter(zip(range(len(params)), names, params, strict=True))
         for number, group in enumerate(self.param_groups):
-            for index, name, p in (next(indexed) for _ in group["params"]):
+            for adaptive in adaptive_by_tensor(group):
+                index, name, p = next(indexed)
                 if self._takes_part(p):
-                    members.setdefault((number, p.device, p.dtype), []).append((index, name, p))
+                    members.setdefault((number, p.device, p.dtype, adaptive), []).append((index, name, p))
         if not members:
             raise RuntimeError("no parameter requires a gradient: expected at least one")
         rule = rule_of(self.base_optimizer)
         self._buckets = []
-        for (number, device, _), tensors in members.items():
+        for (number, device, _, adaptive), tensors in members.items():
             indices, of_bucket, held = map(list, zip(*tensors, strict=True))
             group, backend = self.param_groups[number], kernels.resolve(self.backend, device)
             position = len(self._buckets)
             self._buckets.append(
                 Bucket(
                     *(position, indices, of_bucket, held, f"param_groups[{number}]"),
-                    *(group, self.base_optimizer, rule, backend),
+                    *(group, adaptive, self.base_optimizer, rule, backend),
                 )
             )
         self._scalars = Scalars(self._buckets, self._plan(reuse_gradient=False).norms)
@@ -669,7 +691,12 @@ class Lookbehind(Optimizer):
         self._state_ids = None
         self._completed = False
 
-    def _require_closed(self, what: str) -> None:
+    def require_closed(self, what: str) -> None:
+        """Refuse to do ``what`` while the weights are perturbed.
+
+        Raises:
+            RuntimeError: an outer step is open.
+        """
         if self._remaining is not None:
             raise RuntimeError(
                 f"{what}: expected no open step, but the weights are those of an evaluation; complete the step, or "
@@ -694,7 +721,7 @@ class Lookbehind(Optimizer):
         Raises:
             RuntimeError: an outer step is open, so that the weights are perturbed.
         """
-        self._require_closed("state_dict()")
+        self.require_closed("state_dict()")
         state_dict = super().state_dict()
         state_dict["lookbehind"] = {
             "k": self.k,
@@ -714,7 +741,7 @@ class Lookbehind(Optimizer):
             RuntimeError: an outer step is open.
             ValueError: it is of another k, model or base optimizer; nothing is changed.
         """
-        self._require_closed("load_state_dict()")
+        self.require_closed("load_state_dict()")
         if not isinstance(state_dict, dict):
             raise ValueError(f"state_dict: expected a dict as state_dict() returns, got {state_dict!r}")
         state_dict = dict(state_dict)
@@ -778,7 +805,7 @@ class Lookbehind(Optimizer):
                     raise ValueError(f"state_dict: {name}: expected {key!r} of shape {tuple(p.shape)}, got {came}")
 
     def __getstate__(self) -> dict[str, Any]:
-        self._require_closed("copying or pickling the optimizer")
+        self.require_closed("copying or pickling the optimizer")
         kept = ("base_optimizer", "defaults", *GIVEN, "grad_scale", "running_stats_at_slow", "backend", "_previous")
         return {name: self.__dict__[name] for name in kept}
 
@@ -794,6 +821,7 @@ class Seen:
         self.tensors = tensors
         self.ids = [*map(id, tensors)]
         self.groups = [*map(id, groups)]
+        self.adaptive = deepcopy([group["adaptive"] for group in groups])  # a list may be changed in place
         self.addresses = [*map(Tensor.data_ptr, tensors)]
         self.strides = [*map(Tensor.stride, tensors)]
         held = {id(p) for bucket in buckets for p in bucket.params}
@@ -807,6 +835,7 @@ class Seen:
         return (
             [*map(id, tensors)] == self.ids
             and [*map(id, groups)] == self.groups
+            and [group.get("adaptive") for group in groups] == self.adaptive
             and [*map(Tensor.data_ptr, tensors)] == self.addresses
             and [*map(Tensor.stride, tensors)] == self.strides
             and not any([p.requires_grad or p.grad is not None for p in self.others])
@@ -814,6 +843,18 @@ class Seen:
 
 
 # ---- arguments -------------------------------------------------------------------------------------------------------
+
+
+def _check_takes_evaluation(closure: Callable[..., Any], microbatches: int) -> None:
+    try:
+        inspect.signature(closure).bind(None)
+    except TypeError:
+        raise TypeError(
+            f"closure: expected a function of the Evaluation, since microbatches is {microbatches!r}: "
+            f"evaluation.part(batch) is what it is to see; got {closure!r}, which does not take it"
+        ) from None
+    except ValueError:  # a builtin, of which nothing is known
+        return
 
 
 def _check_stats(model: nn.Module | None, ascent_gradient: str) -> None:

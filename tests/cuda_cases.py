@@ -278,10 +278,10 @@ def refusals(executor: Executor) -> Iterable[str]:
 
 def whole_steps(sample: int) -> int:
     """Lookbehind on this backend against the reference in float64, over settings and base optimizers."""
-    from tests.gpu_check import BASES, SETTINGS, trained
+    from tests.gpu_check import step_cases, trained
 
     def errors() -> Iterable[str]:
-        for base, settings in list(itertools.product(BASES, SETTINGS))[::sample]:
+        for base, settings in step_cases(sample):
             expected = trained("cpu", "reference", base, settings, torch.float64, steps=2)
             for dtype, bound in ((torch.float64, 1e-12), (torch.float32, 2 * 2e-6)):
                 found = trained("cpu", "cuda", base, settings, dtype, steps=2)

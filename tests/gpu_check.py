@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lookbehind_fused import Lookbehind
+from lookbehind_fused import ASAM, Lookahead, Lookbehind, MultistepSAM
 from lookbehind_fused.kernels import BACKENDS as BACKENDS_BY_NAME
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -122,12 +122,24 @@ SETTINGS = [
         (1, 2, 3), ((0.6, "global"), ("adaptive", "global"), ("adaptive", "tensor")), (False, True), (None, 0.5)
     )
 ]
+FAMILY = [
+    {"method": MultistepSAM, "k": 3, "average": True},
+    {"k": 2, "alpha": 0.4, "microbatches": 2},
+    {"k": 3, "alpha": "adaptive", "ascent_gradient": "previous"},
+    {"k": 3, "alpha": 1.0, "rho_scope": "total"},
+    {"method": ASAM, "lookahead": 2},
+]
 BASES = [
     (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01}),
     (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "nesterov": True}),
     (torch.optim.Adam, {"lr": 0.01, "amsgrad": True}),
     (torch.optim.AdamW, {"lr": 0.01}),
 ]
+
+
+def step_cases(sample: int = 1) -> list[tuple[Any, dict[str, Any]]]:
+    """Base optimizers and settings of whole steps, every ``sample``-th of them; and the family over the first base."""
+    return [*itertools.product(BASES, SETTINGS)][::sample] + [(BASES[0], method) for method in FAMILY]
 
 
 def trained(
@@ -138,7 +150,11 @@ def trained(
     shapes = [(130, 70), (5000,), (3, 3), (), (7,)]
     params = [nn.Parameter(torch.randn(s, generator=generator, dtype=torch.float64).to(device, dtype)) for s in shapes]
     slopes = [torch.randn(s, generator=generator, dtype=torch.float64).to(device, dtype) for s in shapes]
-    optimizer = Lookbehind(params, base[0], rho=0.1, backend=backend, **settings, **base[1])
+    own = dict(settings)
+    make, inner_steps = own.pop("method", Lookbehind), own.pop("lookahead", None)
+    optimizer = make(params, base[0], rho=0.1, backend=backend, **own, **base[1])
+    if inner_steps:
+        optimizer = Lookahead(optimizer, inner_steps, 0.3, backend=backend)
     for step in range(steps):
         for evaluation in optimizer.evaluations():
             for p, slope in zip(params, slopes, strict=True):
@@ -148,7 +164,7 @@ def trained(
 
 def whole_steps(backend: str) -> str:
     worst = 0.0
-    for base, settings in itertools.product(BASES, SETTINGS):
+    for base, settings in step_cases():
         expected = trained("cpu", "reference", base, settings, torch.float64)
         for dtype, bound in ((torch.float64, 1e-12), (torch.float32, 3 * 2e-6)):
             found = trained("cuda", backend, base, settings, dtype)
@@ -156,7 +172,7 @@ def whole_steps(backend: str) -> str:
             if not error <= bound:
                 raise AssertionError(f"{base[0].__name__} {settings} {dtype}: {error:.1e} > {bound:.1e}")
             worst = max(worst, error if dtype == torch.float32 else 0.0)
-    return f"{len(BASES) * len(SETTINGS)} settings, largest error in float32 {worst:.1e}"
+    return f"{len(step_cases())} settings, largest error in float32 {worst:.1e}"
 
 
 def same_bits(backend: str) -> str:

@@ -536,6 +536,13 @@ def test_a_number_of_microbatches_that_does_not_divide_the_batch(backend: str) -
     assert_same_state(optimizer.state_dict(), state)
 
 
+def test_a_closure_that_does_not_take_its_microbatch(backend: str) -> None:
+    problem = Problem()
+    optimizer = SAM(problem.params, torch.optim.SGD, lr=0.1, microbatches=2, backend=backend)
+    with pytest.raises(TypeError, match="^closure: expected a function of the Evaluation, since microbatches is 2"):
+        optimizer.step(lambda: problem.evaluate())
+
+
 @pytest.mark.parametrize("k", [1, 3])
 def test_equal_microbatches_are_one_batch(backend: str, k: int) -> None:
     results = []

@@ -227,6 +227,17 @@ def test_slow_weights_are_put_back_whatever_happens(backend: str) -> None:
     assert all(torch.equal(p, w) for p, w in zip(problem.params, fast, strict=True))
 
 
+def test_slow_weights_are_not_for_an_open_step(backend: str) -> None:
+    problem = Problem()
+    optimizer = Lookahead(SAM(problem.params, torch.optim.SGD, rho=0.2, backend=backend, **SGD), 2, 0.5)
+    problem.evaluate()
+    optimizer.first_step()
+    with pytest.raises(RuntimeError, match=r"^slow_weights\(\): expected no open step"):
+        optimizer.slow_weights().__enter__()
+    problem.evaluate()
+    optimizer.second_step()
+
+
 def test_a_step_that_fails_counts_for_nothing(backend: str) -> None:
     problem = Problem()
     optimizer = Lookahead(SAM(problem.params, torch.optim.SGD, rho=0.2, backend=backend, **SGD), 2, 0.5)

@@ -83,6 +83,16 @@ def test_whole_steps_in_the_interpreter() -> None:
     assert "[100%]" in printed
 
 
+def test_the_family_in_the_interpreter() -> None:
+    """Each method against its transcription, to 1e-12 in float64, with SGD as the base."""
+    environment = {"TRITON_INTERPRET": "1", "LOOKBEHIND_TEST_BACKENDS": "triton"}
+    chosen = "transcription and float64 and step and (sgd or SGD or ASAM)"
+    printed = run(
+        "pytest", "tests/test_family.py", "tests/test_lookahead.py", "-p", "no:xdist", "-k", chosen, **environment
+    )
+    assert "[100%]" in printed
+
+
 @pytest.mark.parametrize(("where", "sample"), [("sm90", 23), ("sm100", 41)])
 def test_whole_steps_on_executed_code(where: str, sample: int) -> None:
     """The optimizer on compiled kernels: SGD, Nesterov, Adam, AdamW; k, alpha, ASAM and clipping in turn."""

@@ -119,13 +119,11 @@ def executor(capability: int) -> Callable[[Any, int], None]:
 
 def whole_steps(sample: int) -> int:
     """Lookbehind on this backend against the reference in float64, over settings and base optimizers."""
-    import itertools
-
     import torch
     from gpusim import simdriver
 
     from lookbehind_fused.kernels.device import Call
-    from tests.gpu_check import BASES, SETTINGS, trained
+    from tests.gpu_check import step_cases, trained
 
     driver, launch = simdriver._active, Call.launch
 
@@ -136,7 +134,7 @@ def whole_steps(sample: int) -> int:
         launch(self, *arguments, **keywords)
 
     Call.launch = registered
-    chosen = list(itertools.product(BASES, SETTINGS))[::sample]
+    chosen = step_cases(sample)
     failed = 0
     for base, settings in chosen:
         expected = trained("cpu", "reference", base, settings, torch.float64, steps=2)
