@@ -570,13 +570,13 @@ class Lookbehind(Optimizer):
             bucket.unstage(evaluation, of_bucket)
 
     def _complete(self) -> None:
-        for bucket in self._buckets:
-            bucket.close()
-        self._own_step.forget()
         if self.ascent_gradient == "previous":
             self._keep_gradients()
         elif self._previous:
             self._previous = {}
+        for bucket in self._buckets:
+            bucket.close()
+        self._own_step.forget()
         self._remaining = None
         self._completed = True
         self._opt_called = self.base_optimizer._opt_called = True  # LR schedulers look for it
