@@ -244,6 +244,7 @@ class Bucket:
                 self.rule.flags(group),
                 settings.nonfinite,
                 grad_scale,
+                settings.means,
                 settings.gathered,
             ),
         )
@@ -335,6 +336,8 @@ class Bucket:
 
     def return_to_slow(self) -> None:
         """Give the parameters their slow weights, for the next microbatch to ascend from."""
+        if self.low_precision:
+            self.buffers["perturbed"].copy_(self.buffers["slow"])
         rows = self.all_rows if len(self.joined) == len(self.params) else sorted(self.joined)
         if rows:
             torch._foreach_copy_(self._params(rows), [self.view("slow", row) for row in rows])

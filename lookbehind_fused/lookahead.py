@@ -31,7 +31,10 @@ class Lookahead(Optimizer):
         with optimizer.slow_weights():
             evaluate(model)
 
-    Every other form of a step that the optimizer has (``evaluations()``, ``first_step()``, ...) is there too.
+    Every other form of a step that ``Lookbehind`` and the methods of its family have (``evaluations()``,
+    ``first_step()``, ...) is there too and counts. Other optimizers are to be stepped through this one. Attributes of
+    the optimizer can be read here, but are set on it: ``optimizer.optimizer.grad_scale = 8.0``. A second ``Lookahead``
+    around the same optimizer takes the place of the first.
 
     Args:
         optimizer: a torch optimizer, or the class of one, which is built with ``params`` and ``kwargs``.
@@ -124,35 +127,59 @@ class Lookahead(Optimizer):
         Raises:
             RuntimeError: parameters were added, removed or replaced since, or the slow weights are in their place.
         """
-        # GradScaler leaves them on the optimizer that it is given; Lookbehind, whose grad_scale is its own, raises.
-        names = ("found_inf",) if isinstance(self.optimizer, Lookbehind) else ("grad_scale", "found_inf")
-        scaling = {name: self.__dict__[name] for name in names if name in self.__dict__}
+        if isinstance(self.optimizer, Lookbehind):  # which calls before_step() and after_step() in every form of a step
+            return self._step_of_lookbehind(*args, **kwargs)
+        # GradScaler leaves them on the optimizer that it is given.
+        scaling = {name: self.__dict__[name] for name in ("grad_scale", "found_inf") if name in self.__dict__}
         vars(self.optimizer).update(scaling)
+        self.before_step()
         try:
-            return self.optimizer.step(*args, **kwargs)
+            result = self.optimizer.step(*args, **kwargs)
         finally:
             for name in scaling:
                 vars(self.optimizer).pop(name, None)
+        self.after_step()
+        return result
 
-    def _before_step(self, *_: Any) -> None:
+    def _step_of_lookbehind(self, *args: Any, **kwargs: Any) -> Any:
+        scaling = [self.__dict__.pop(name, None) for name in ("grad_scale", "found_inf")]
+        if scaling[1] is None:
+            return self.optimizer.step(*args, **kwargs)
+        own = self.optimizer.grad_scale
+        self.optimizer.found_inf = scaling[1]
+        try:
+            return self.optimizer.step(*args, **kwargs)  # refuses it
+        finally:
+            self.optimizer.grad_scale = own
+
+    def before_step(self) -> None:
+        """What precedes a step of the optimizer.
+
+        Raises:
+            RuntimeError: parameters were added, removed or replaced since, or given another layout within a round, or
+                the slow weights are in their place.
+            TypeError, ValueError: ``k`` or ``alpha`` has become what it cannot be.
+        """
         check_int("k", self.k, 1)
         check_fraction("alpha", self.alpha)
         self._require_fast_weights("step()")
         self._require_same_parameters()
-        unchanged = [copies.are_of_now() for copies in self._copies]
+        unchanged = all([copies.are_of_now() for copies in self._copies])
         if self.inner_step == 0:
-            if not unchanged or not all(unchanged):
+            held = [id(p) for copies in self._copies for p in copies.params]
+            if not unchanged or sorted(held) != sorted(map(id, _trained(self._tensors))):
                 self._copies = _copies_of(self._tensors, self.backend)
             for copies in self._copies:
                 copies.keep()
-        elif not all(unchanged):
+        elif not unchanged:
             raise RuntimeError(
                 f"a parameter was given another dtype, device or memory layout after {self.inner_step} of {self.k} "
                 "inner steps: expected none, since the slow weights have those of before; change the model where "
                 "inner_step is 0"
             )
 
-    def _after_step(self, *_: Any) -> None:
+    def after_step(self) -> None:
+        """What follows a step of the optimizer: the k-th moves the slow weights."""
         self.inner_step += 1
         if self.inner_step >= self.k:
             for copies in self._copies:
@@ -230,8 +257,8 @@ class Lookahead(Optimizer):
         inner_step, slow = own.get("inner_step", 0), own.get("slow", [])
         if own.get("k", self.k) != self.k:
             raise ValueError(f"state_dict: expected k {self.k!r} of Lookahead, got {own['k']!r}")
-        if not isinstance(inner_step, int) or not 0 <= inner_step < self.k:
-            raise ValueError(f"state_dict: expected inner_step from 0 to {self.k - 1}, got {inner_step!r}")
+        if not isinstance(inner_step, int) or inner_step < 0:
+            raise ValueError(f"state_dict: expected inner_step of at least 0, got {inner_step!r}")
         shapes = [tuple(p.shape) for p in self._tensors]
         if own and [tuple(w.shape) for w in slow] != shapes:
             raise ValueError(
@@ -258,8 +285,8 @@ class Lookahead(Optimizer):
         super().__setstate__({**own, "_backup": None})
         self._tensors = list(chain.from_iterable(group["params"] for group in self.param_groups))
         self._take_over(inner_step, slow)
-        self.optimizer.register_step_pre_hook(self._before_step)
-        self.optimizer.register_step_post_hook(self._after_step)
+        if isinstance(self.optimizer, Lookbehind):
+            self.optimizer._lookahead = self
 
 
 class _Copies:
@@ -312,9 +339,13 @@ def _copy(sources: Sequence[Tensor], targets: Sequence[Tensor]) -> None:
     torch._foreach_copy_(targets, sources)
 
 
+def _trained(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Those that a step may move."""
+    return [p for p in tensors if p.is_floating_point() and (p.requires_grad or p.grad is not None)]
+
+
 def _copies_of(tensors: Sequence[Tensor], backend: str) -> list[_Copies]:
     members: dict[tuple, list[Tensor]] = {}
-    for p in tensors:
-        if p.is_floating_point():
-            members.setdefault((p.device, p.dtype), []).append(p)
+    for p in _trained(tensors):
+        members.setdefault((p.device, p.dtype), []).append(p)
     return [_Copies(params, backend) for params in members.values()]

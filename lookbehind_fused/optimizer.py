@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import numbers
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
-from copy import deepcopy
+from copy import copy, deepcopy
 from itertools import chain
 from typing import Any
 
@@ -43,6 +44,7 @@ TRANSIENT = {
     "_tensors": None,
     "_state_ids": None,
     "_stats": None,
+    "_lookahead": None,
 }
 
 
@@ -109,6 +111,7 @@ class Lookbehind(Optimizer):
             use for it.
         nonfinite: ``"propagate"``, or ``"skip"``: where the norm of a gradient is inf or NaN, the descent and the
             ascent of that evaluation move nothing, neither weights nor state; ``diagnostics["skipped"]`` counts them.
+            With microbatches it counts as 0 in the mean, and the descent goes on with that.
             It is decided where the tensors are, without a wait (but for base optimizers that run their own step), and
             costs a pass over the gradients at evaluation k and a buffer of fast weights for k = 2.
         grad_scale: what the loss was multiplied by before backward: a number > 0, or a tensor of one element, which is
@@ -245,7 +248,8 @@ class Lookbehind(Optimizer):
                 microbatch it is to see.
             RuntimeError: it ran no backward, or a step is open already.
 
-        Whatever is raised, by the closure or here, the weights and the base optimizer's state are as they were before.
+        Whatever is raised, by the closure or here, the weights and the base optimizer's state are as they were before
+        (but for an interrupt by a signal in the middle of a pass).
         """
         self._refuse_grad_scaler()
         if not callable(closure):
@@ -263,6 +267,10 @@ class Lookbehind(Optimizer):
                 if value is None:
                     raise TypeError(
                         f"closure: expected the loss to be returned, got None at evaluation {evaluation.index}"
+                    )
+                if self.microbatches > 1 and not isinstance(value, (Tensor, numbers.Real)):
+                    raise TypeError(
+                        f"closure: expected a loss that a mean over microbatches can be taken of, got {value!r}"
                     )
                 if not (losses and evaluation.perturbed):
                     losses.append(value)
@@ -380,11 +388,12 @@ class Lookbehind(Optimizer):
     def diagnostics(self) -> dict[str, Tensor]:
         """Figures of the last outer step, as tensors on the parameters' device; reading them waits for nothing.
 
-        ``grad_norm``: 0-dim float64, the L2 norm of the gradient at the slow weights, over all parameters, divided by
-        ``grad_scale``. ``skipped``: 0-dim int64, how many evaluations of the step were skipped (``nonfinite``).
-        ``alpha``: 0-dim float64, the slow step size; with an adaptive alpha of scope "tensor" of shape (parameters,),
-        in the order of the parameter groups, NaN for a parameter that took no part. Empty if there was no step or it
-        was abandoned.
+        ``grad_norm``: 0-dim float64, the L2 norm of the gradient of evaluation 0, over all parameters, divided by
+        ``grad_scale``: at the slow weights; with microbatches that of the first; with ``ascent_gradient="previous"``
+        that of the gradient which the step ascended with first, 0 if there was none. ``skipped``: 0-dim int64, how many
+        evaluations of the step were skipped (``nonfinite``). ``alpha``: 0-dim float64, the slow step size; with an
+        adaptive alpha of scope "tensor" of shape (parameters,), in the order of the parameter groups, NaN for a
+        parameter that took no part. Empty if there was no step or it was abandoned.
         """
         if not self._completed:
             return {}
@@ -396,7 +405,8 @@ class Lookbehind(Optimizer):
             grad_norm = grad_norm * bucket.unscale.to(bucket.device, non_blocking=True)
         skipped = torch.zeros((), dtype=torch.int64, device=bucket.device)
         if settings.skips:
-            skipped = (~finite(torch.stack(sq_norms[: self._evaluated]))).sum()
+            first = int(settings.ascent_gradient == "previous")  # its evaluation 0 was counted in the step before
+            skipped = (~finite(torch.stack(sq_norms[first : self._evaluated]))).sum()
         if settings.alpha != "adaptive" or (settings.alpha_scope == "global" and not settings.aligns):
             alpha = torch.full((), settings.static_alpha, dtype=torch.float64, device=bucket.device)
         elif settings.alpha_scope == "global":
@@ -445,7 +455,8 @@ class Lookbehind(Optimizer):
     @torch.no_grad()
     def _ascend_with_previous(self, evaluation: Evaluation) -> None:
         """What follows evaluation 0, with the gradients of the step before in the place of new ones."""
-        previous = {p: g if g.device == p.device else g.to(p.device) for p, g in self._previous.items()}
+        kept = self._previous.items()
+        previous = {p: g if g.device == p.device else g.to(p.device) for p, g in kept if p.requires_grad}
         for bucket in self._buckets:
             self._scalars.sq_norms[bucket.device][evaluation.index].zero_()
         gathered = [bucket.gather(previous) for bucket in self._buckets]
@@ -473,6 +484,8 @@ class Lookbehind(Optimizer):
     def _begin(self, remaining: list[Evaluation]) -> None:
         """Open an outer step. ``remaining`` is what ascent_step() and descent_step() still have to do."""
         self.require_closed("a new step")
+        if self._lookahead is not None:
+            self._lookahead.before_step()
         self._prepare()
         self._remaining = remaining
         self._stats = RunningStats(self.running_stats_at_slow) if self.running_stats_at_slow is not None else None
@@ -490,6 +503,9 @@ class Lookbehind(Optimizer):
 
     def _run_and_record(self, evaluation: Evaluation, gathered: list[Gathered]) -> None:
         done: list[Bucket] = []
+        if evaluation.closes and len(self._buckets) > 1:  # a bucket writes its state before the next one is refused
+            for bucket, of_bucket in zip(self._buckets, gathered, strict=True):
+                bucket.explain(of_bucket)
         try:
             self._run_passes(evaluation, gathered, done)
         except BaseException as error:
@@ -581,6 +597,8 @@ class Lookbehind(Optimizer):
         self._remaining = None
         self._completed = True
         self._opt_called = self.base_optimizer._opt_called = True  # LR schedulers look for it
+        if self._lookahead is not None:
+            self._lookahead.after_step()
 
     @torch.no_grad()
     def _keep_gradients(self) -> None:
@@ -724,6 +742,8 @@ class Lookbehind(Optimizer):
         """
         self.require_closed("state_dict()")
         state_dict = super().state_dict()
+        for group in state_dict["param_groups"]:
+            group["adaptive"] = copy(group["adaptive"])  # a list may be changed in place
         state_dict["lookbehind"] = {
             "k": self.k,
             "base_optimizer": type(self.base_optimizer).__name__,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from .arguments import GIVEN, check_group, check_settings
+from .arguments import GIVEN, check_fraction, check_group, check_settings
 from .lookahead import Lookahead
 from .optimizer import Lookbehind
 
@@ -21,7 +21,8 @@ class LambdaSchedule:
     Args:
         optimizer: ``Lookbehind`` or any method of the family, or ``Lookahead`` over one.
         rho: the factor of every group's own rho, which is what it has at the beginning; None leaves it alone.
-        alpha: the slow step size, in (0, 1] or "adaptive"; None leaves it alone.
+        alpha: the slow step size, in (0, 1] or "adaptive" (of ``Lookahead``, where it is given that, in (0, 1]); None
+            leaves it alone.
 
     The values for 0 are set at once, the later ones by ``step()``; new values compile nothing again.
 
@@ -42,7 +43,7 @@ class LambdaSchedule:
         for name, function in (("rho", rho), ("alpha", alpha)):
             if function is not None and not callable(function):
                 raise TypeError(f"{name}: expected a function of the number of steps, or None, got {function!r}")
-        self.optimizer, self.rho, self.alpha = method, rho, alpha
+        self.optimizer, self.method, self.rho, self.alpha = optimizer, method, rho, alpha
         self.initial_rho = [group["rho"] for group in method.param_groups]
         self.steps = 0
         self._set(0)
@@ -73,7 +74,10 @@ class LambdaSchedule:
                 check_group({**group, "rho": rho})
             if self.alpha is not None:
                 alpha = self.alpha(steps)
-            check_settings(*(alpha if name == "alpha" else getattr(self.optimizer, name) for name in GIVEN))
+            if self.optimizer is not self.method:
+                check_fraction("alpha", alpha)
+            else:
+                check_settings(*(alpha if name == "alpha" else getattr(self.method, name) for name in GIVEN))
         except (TypeError, ValueError) as error:
             raise type(error)(f"schedule at step {steps}: {error}") from error
         for rho, group in zip(rhos, groups, strict=True):

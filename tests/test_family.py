@@ -584,6 +584,46 @@ def test_microbatches_that_are_skipped_count_as_nothing(backend: str) -> None:
     assert optimizer.diagnostics["skipped"] == 2
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_a_microbatch_begins_at_the_slow_weights_where_a_gradient_comes_late(backend: str, dtype: torch.dtype) -> None:
+    """b has no gradient at the second microbatch's first evaluation, and one at the next."""
+    a, b = (torch.tensor(values, dtype=dtype).requires_grad_() for values in ([1.0, 2.0], [4.0]))
+    settings = {"k": 2, "alpha": 1.0, "rho": 1.0, "microbatches": 2, "backend": backend}
+    seen = []
+    for evaluation in Lookbehind([a, b], torch.optim.SGD, lr=0.1, **settings).evaluations():
+        seen.append(b.item())
+        a.grad, b.grad = 2 * a.detach(), None if evaluation.index == 3 else 2 * b.detach()
+    assert seen[4] == 4.0
+    a_1 = torch.tensor([1.0, 2.0]).double() * (1 + 1 / 5**0.5)
+    ascent = 8 / float((4 * a_1.square().sum() + 64).sqrt())
+    assert seen[5] == pytest.approx(4 + ascent, rel=1e-12 if dtype == torch.float64 else 1e-2)
+
+
+def test_a_loss_that_has_no_mean(backend: str) -> None:
+    problem = Problem()
+    optimizer = SAM(problem.params, torch.optim.SGD, lr=0.1, microbatches=2, backend=backend)
+    before = [p.detach().clone() for p in problem.params]
+    with pytest.raises(
+        TypeError, match=r"^closure: expected a loss that a mean over microbatches can be taken of, got \("
+    ):
+        optimizer.step(lambda evaluation: (problem.evaluate(), 1))
+    assert all(torch.equal(p, w) for p, w in zip(problem.params, before, strict=True))
+
+
+def test_average_may_be_turned_on(backend: str) -> None:
+    problem = Problem()
+    optimizer = MultistepSAM(problem.params, torch.optim.SGD, lr=0.1, k=1, rho=0.2, backend=backend)
+    optimizer.step(problem.evaluate)
+    alone = Problem()
+    for p, w in zip(alone.params, problem.params, strict=True):
+        p.data.copy_(w.data)
+    optimizer.average = True
+    optimizer.step(problem.evaluate)
+    SAM(alone.params, torch.optim.SGD, lr=0.1, rho=0.2, backend=backend).step(alone.evaluate)
+    for i, (p, w) in enumerate(zip(problem.params, alone.params, strict=True)):
+        assert_close(f"tensor {i}", p.detach(), w.detach(), 1e-12)
+
+
 # ---- free ascent -----------------------------------------------------------------------------------------------------
 
 
@@ -656,6 +696,47 @@ def test_free_ascent_that_fails_or_loses_a_gradient(backend: str) -> None:
             assert torch.equal(problem.params[0], slow[0])
             assert not torch.equal(problem.params[1], slow[1])
         problem.evaluate()
+
+
+def test_free_ascent_leaves_frozen_tensors_and_counts_a_skip_once(backend: str) -> None:
+    p, q = (torch.ones(2, dtype=torch.float64).requires_grad_() for _ in range(2))
+    settings = {"rho": 0.2, "nonfinite": "skip", "ascent_gradient": "previous", "backend": backend}
+    optimizer = SAM([p, q], torch.optim.SGD, lr=0.1, **settings)
+    skipped = []
+    for factor in (1.0, float("nan"), 1.0):
+        for _ in optimizer.evaluations():
+            p.grad, q.grad = torch.full_like(p, factor), torch.ones_like(q)
+        skipped.append(int(optimizer.diagnostics["skipped"]))
+    assert skipped == [0, 1, 0]
+    q.requires_grad_(False)
+    slow = q.detach().clone()
+    for _ in optimizer.evaluations():
+        assert torch.equal(q, slow)
+        p.grad = torch.ones_like(p)
+
+
+def test_a_refused_gradient_of_a_later_bucket_leaves_the_state_of_the_first(backend: str) -> None:
+    p, q = (torch.ones(3, 2, dtype=torch.float64).requires_grad_() for _ in range(2))
+    for settings in ({"k": 1, "ascent_gradient": "previous"}, {"k": 2}):
+        groups = [{"params": [p]}, {"params": [q]}]
+        optimizer = Lookbehind(groups, torch.optim.SGD, lr=0.1, momentum=0.9, backend=backend, **settings)
+        for sparse in (False, True):
+            state, weights = copy.deepcopy(optimizer.state_dict()), [p.detach().clone(), q.detach().clone()]
+
+            def step(sparse: bool = sparse, optimizer: Lookbehind = optimizer) -> None:
+                for evaluation in optimizer.evaluations():
+                    p.grad, q.grad = torch.ones_like(p), torch.ones_like(q)
+                    if sparse and evaluation.closes:
+                        q.grad = torch.ones_like(q).to_sparse()
+
+            if sparse:
+                with pytest.raises(RuntimeError, match="^the gradient of parameter 1 .*: expected a dense tensor"):
+                    step()
+                assert_same_state(optimizer.state_dict(), state)
+                assert torch.equal(p, weights[0])
+                assert torch.equal(q, weights[1])
+            else:
+                step()
 
 
 def test_free_ascent_can_be_turned_on_and_off(backend: str) -> None:

@@ -53,9 +53,14 @@ def test_it_goes_on_from_its_state_dict() -> None:
 
 def test_it_reaches_through_lookahead() -> None:
     inner = SAM(Problem().params, torch.optim.SGD, lr=0.1, rho=0.2)
-    schedule = LambdaSchedule(Lookahead(inner), rho=lambda step: 1 + step)
+    optimizer = Lookahead(inner)
+    schedule = LambdaSchedule(optimizer, rho=lambda step: 1 + step, alpha=lambda step: 0.5 - 0.1 * step)
     schedule.step()
     assert inner.param_groups[0]["rho"] == 0.4
+    assert optimizer.alpha == 0.4
+    assert inner.alpha == 1.0
+    with pytest.raises(TypeError, match=r"^schedule at step 0: alpha: expected a number in \(0, 1\], got 'adaptive'"):
+        LambdaSchedule(optimizer, alpha=lambda step: "adaptive")
 
 
 @pytest.mark.parametrize(
