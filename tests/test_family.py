@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lookbehind_fused import ASAM, SAM, Lookbehind, MultistepSAM
-from tests.algorithm1 import Formulas, Gradients, algorithm1, ascend, clip, each, slow_step_size
+from tests.algorithm1 import Formulas, Gradients, TorchBase, algorithm1, ascend, clip, each, slow_step_size
 from tests.conftest import assert_close, assert_same_state
 from tests.test_parameters import RULES
 
@@ -758,22 +758,24 @@ def test_free_ascent_can_be_turned_on_and_off(backend: str) -> None:
     assert counts == [[False, True], [False], [True], [False, True], [False]]
 
 
+@pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize(
-    "settings", [{"ascent_gradient": "previous", "k": 2}, {"microbatches": 2}, {"microbatches": 2, "k": 1}]
+    "method", ["SAM-microbatches", "Lookbehind-microbatches-2-0.3-global", "Lookbehind-free-2-0.5"]
 )
-def test_several_buckets_and_bases_of_their_own_step(backend: str, settings: dict[str, Any]) -> None:
-    """Two groups and two dtypes; and Adagrad, which has no rule: against one bucket, and against each other's form."""
-    results = []
-    for groups in (1, 2):
-        problem = Problem()
-        params = problem.params if groups == 1 else [{"params": problem.params[:1]}, {"params": problem.params[1:]}]
-        optimizer = Lookbehind(params, torch.optim.Adagrad, lr=0.1, rho=0.2, backend=backend, **settings)
-        for _ in range(3):
-            for evaluation in optimizer.evaluations():
-                problem.evaluate(evaluation.microbatch + evaluation.inner_step)
-        results.append(problem.params)
-    for i, (a, b) in enumerate(zip(*results, strict=True)):
-        assert_close(f"tensor {i}", a.detach(), b.detach(), 1e-12)
+def test_a_base_of_its_own_step_in_several_buckets(backend: str, method: str, groups: int) -> None:
+    """Adagrad, which has no rule: torch's own step in the transcription too. One parameter group, and two."""
+    make, arguments, transcribe, batch_of, _ = ON_SEVERAL[method]
+    problem, oracle, transcription = Problem(), Problem(), transcribe()
+    params = problem.params if groups == 1 else [{"params": problem.params[:1]}, {"params": problem.params[1:]}]
+    optimizer = make(params, torch.optim.Adagrad, lr=0.1, backend=backend, **arguments)
+    expected = [p.detach().clone() for p in problem.params]
+    base = TorchBase(torch.optim.Adagrad, expected, lr=0.1)
+    for _ in range(3):
+        for evaluation in optimizer.evaluations():
+            problem.evaluate(batch_of(evaluation))
+        expected = transcription(expected, oracle.gradient, base)
+        for i, (p, w) in enumerate(zip(problem.params, expected, strict=True)):
+            assert_close(f"tensor {i}", p.detach(), w, 1e-12)
 
 
 @pytest.mark.parametrize(
