@@ -137,18 +137,10 @@ class Job:
         if alphas:
             record.alpha += torch.stack(alphas).tolist()
 
-    @torch.no_grad()
     def estimate_statistics(self) -> None:
-        """BatchNorm's running statistics anew: the mean over an epoch's batches, under the weights as they are."""
-        norms = [module for module in self.model.modules() if isinstance(module, nn.BatchNorm2d)]
-        momenta = [norm.momentum for norm in norms]
-        for norm in norms:
-            norm.reset_running_stats()
-            norm.momentum = None  # the cumulative average
-        for number in range(self.steps_per_epoch):
-            self.model(self.data.train_images[self.batch(number)])
-        for norm, momentum in zip(norms, momenta, strict=True):
-            norm.momentum = momentum
+        """BatchNorm's running statistics anew, over an epoch's batches, under the weights as they are."""
+        batches = (self.data.train_images[self.batch(number)] for number in range(self.steps_per_epoch))
+        analysis.estimate_statistics(self.model, batches)
 
     def accuracy(self, images: Tensor, labels: Tensor) -> float:
         """The fraction of these images that the network as it stands gets right."""

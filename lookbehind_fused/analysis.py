@@ -148,7 +148,7 @@ def noise_robustness(
             for p, xi in zip(params, noise, strict=True):
                 p.copy_(kept[p].to(xi.dtype) * (1 + levels[i] * xi))
             if statistics_loader is not None:
-                _estimate_statistics(model, statistics_loader)
+                estimate_statistics(model, statistics_loader)
             accuracy[i, sample] = _accuracy(model, loader)
     return accuracy
 
@@ -340,24 +340,34 @@ def _normal(p: Tensor, generator: torch.Generator) -> Tensor:
     return torch.randn(p.shape, generator=generator, dtype=_arithmetic(p)).to(p.device)
 
 
-def _estimate_statistics(model: nn.Module, loader: Batches) -> None:
-    """BatchNorm's running statistics: the mean over the batches of what each of them gives."""
+def estimate_statistics(model: nn.Module, loader: Batches) -> None:
+    """Estimate BatchNorm's running statistics anew: the mean over the batches of what each of them gives.
+
+    Only BatchNorm's own modes are changed, and put back; it does not restore the statistics that there were.
+
+    Args:
+        model: maps inputs to outputs; every ``_BatchNorm`` with running statistics takes part.
+        loader: batches ``(inputs, targets)``, or inputs alone.
+
+    Raises:
+        TypeError, ValueError: a batch is not acceptable, or ``loader`` gives none.
+    """
     norms = [x for x in model.modules() if isinstance(x, _BatchNorm) and x.running_mean is not None]
-    momenta = [norm.momentum for norm in norms]
+    before = [(norm.momentum, norm.training) for norm in norms]
     try:
         for norm in norms:
             norm.reset_running_stats()
             norm.momentum = None  # the cumulative average
             norm.training = True
-        for batch in _batches("statistics_loader", loader):
-            inputs = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
-            if not isinstance(inputs, Tensor):
-                raise TypeError(f"statistics_loader: expected tensors, or pairs of them, got {_kind(batch)}")
-            model(inputs.to(_device(model)))
+        with torch.no_grad():
+            for batch in _batches("statistics_loader", loader):
+                inputs = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
+                if not isinstance(inputs, Tensor):
+                    raise TypeError(f"statistics_loader: expected tensors, or pairs of them, got {_kind(batch)}")
+                model(inputs.to(_device(model)))
     finally:
-        for norm, momentum in zip(norms, momenta, strict=True):
-            norm.momentum = momentum
-            norm.training = False
+        for norm, (momentum, training) in zip(norms, before, strict=True):
+            norm.momentum, norm.training = momentum, training
 
 
 def _accuracy(model: nn.Module, loader: Batches) -> float:

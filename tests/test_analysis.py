@@ -509,3 +509,18 @@ def test_without_tqdm_progress_says_what_to_install(name, monkeypatch):
     CALLS[name](model, batches(6))
     with pytest.raises(ImportError, match=re.escape("pip install lookbehind_fused[train]")):
         CALLS[name](model, batches(6), progress=True)
+
+
+def test_statistics_estimated_by_themselves() -> None:
+    """The mean of the batches' own statistics; no mode and no momentum is another one afterwards, also if it fails."""
+    torch.manual_seed(4)
+    model = nn.Sequential(nn.BatchNorm1d(3, momentum=0.3), nn.Dropout(0.5)).double()
+    model[1].eval()
+    batches = [torch.randn(5, 3).double(), torch.randn(7, 3).double() + 2]
+    analysis.estimate_statistics(model, [(batches[0], torch.zeros(5)), batches[1]])
+    expected = torch.stack([x.mean(0) for x in batches]).mean(0), torch.stack([x.var(0) for x in batches]).mean(0)
+    assert_close("mean", model[0].running_mean, expected[0], 1e-14)
+    assert_close("variance", model[0].running_var, expected[1], 1e-14)
+    with pytest.raises(ValueError, match="^statistics_loader: expected at least one batch"):
+        analysis.estimate_statistics(model, [])
+    assert (model[0].momentum, model[0].training, model[1].training) == (0.3, True, False)
