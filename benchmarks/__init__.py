@@ -1,1 +1,4 @@
-"""The main job (`python -m benchmarks.train`) and the measurements. No part of the installed package."""
+"""The jobs, a folder each: train, compare, bench. Beside the folders is what they share; none imports from another's.
+
+No part of the installed package.
+"""

@@ -274,7 +274,7 @@ def launches(backend: str) -> str:
 
 
 def sets() -> dict[str, list[tuple[int, ...]]]:
-    from benchmarks.shapes import SETS
+    from benchmarks.bench.shapes import SETS
 
     chosen = {name: SETS[name] for name in ("small", "1000x256", "resnet34", "vit-b16")}
     return {**chosen, "flat 2e8": [(200_000_000,)]}
@@ -282,9 +282,10 @@ def sets() -> dict[str, list[tuple[int, ...]]]:
 
 def own_work(shapes: list[tuple[int, ...]]) -> str:
     """Ratios of device time and of wall time, contenders in turn, and the bandwidth against a device copy's."""
-    from benchmarks.bounds import bytes_moved
-    from benchmarks.contenders import CONTENDERS, Settings
-    from benchmarks.timing import ratios
+    from benchmarks.bench.bounds import bytes_moved
+    from benchmarks.bench.contenders import CONTENDERS
+    from benchmarks.bench.settings import Settings
+    from benchmarks.bench.timing import ratios
 
     settings, elements = Settings(), sum(torch.Size(s).numel() for s in shapes)
     names = [name for name in ("naive", "foreach", "compiled") if name != "compiled" or len(shapes) < 200]

@@ -9,9 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import bench, bench_plots, bounds, memory
-from benchmarks.contenders import Compiled, Foreach, Fused, Naive, OpsAlone, Settings
-from benchmarks.own_work import passes_of_a_step
+from benchmarks.bench import __main__ as bench
+from benchmarks.bench import bounds, memory
+from benchmarks.bench import plots as bench_plots
+from benchmarks.bench.contenders import Compiled, Foreach, Fused, Naive, OpsAlone
+from benchmarks.bench.own_work import passes_of_a_step
+from benchmarks.bench.settings import Settings
 from tests.conftest import assert_close
 
 STEPS = 3

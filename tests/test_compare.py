@@ -15,9 +15,13 @@ import pytest
 import torch
 from matplotlib.image import imread
 
-from benchmarks import compare, compare_claims, compare_report, compare_runs
-from benchmarks.compare_claims import FAILS, HOLDS, OPEN, Measured
-from benchmarks.compare_runs import FASHION_MNIST, QUICK, Row, Run
+from benchmarks.compare import __main__ as compare
+from benchmarks.compare import claims as compare_claims
+from benchmarks.compare import experiment as compare_runs
+from benchmarks.compare import report as compare_report
+from benchmarks.compare import workers
+from benchmarks.compare.claims import FAILS, HOLDS, OPEN, Measured
+from benchmarks.compare.experiment import FASHION_MNIST, QUICK, Row, Run
 
 SEEDS = 2
 QUICK_RUN = ["--quick", "--seeds", str(SEEDS), "--jobs", "2"]
@@ -238,7 +242,7 @@ def test_a_killed_and_interrupted_comparison_goes_on_to_the_same_results(tmp_pat
 )
 def test_a_run_that_raises_ends_the_comparison_and_says_why(monkeypatch, run, error, message):
     monkeypatch.setattr(compare_runs, "plan", lambda settings, answers: [run])
-    monkeypatch.setattr(compare, "show_progress", lambda *_, **__: None)
+    monkeypatch.setattr(workers, "show_progress", lambda *_, **__: None)
     with pytest.raises(error, match=message):
         compare.run_missing(QUICK, {}, 1, lambda run, result: pytest.fail("there is no result"))
 

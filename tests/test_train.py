@@ -20,10 +20,12 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import checkpoint as checkpoints
-from benchmarks import files, methods, options, plots, train
+from benchmarks import files, methods, options
 from benchmarks.job import Job
 from benchmarks.methods import METHODS
 from benchmarks.models import ResidualNetwork
+from benchmarks.train import __main__ as train
+from benchmarks.train import plots
 from tests.test_data import write_cifar10, write_idx
 
 # 6 steps an epoch, 12 a method, well under a second

@@ -182,8 +182,8 @@ def test_traffic_is_what_design_allows_or_less() -> None:
     """Bytes of each array, counted from the executed code, in whole chunks of float32."""
     code = """
 from gpusim import simdriver
-from benchmarks import traffic
-from benchmarks.bounds import bytes_moved, bytes_per_parameter
+from benchmarks.bench import traffic
+from benchmarks.bench.bounds import bytes_moved, bytes_per_parameter
 driver = simdriver.activate(90)
 for title, (base, options, settings) in traffic.STEPS.items():
     found = traffic.launches(base, options, settings, driver)

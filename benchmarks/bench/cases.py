@@ -1,7 +1,7 @@
 """The measurements, run by pytest-benchmark under ``python -m benchmarks.bench``; ``make test`` collects none of them.
 
 One round of a benchmark is one turn of every contender, so that pytest-benchmark's own figures are of whole rounds;
-what each contender took is in ``extra_info`` and becomes the results. ``plan`` comes from ``benchmarks.bench``.
+what each contender took is in ``extra_info`` and becomes the results. ``plan`` comes from ``suite``.
 """
 
 from __future__ import annotations
@@ -18,13 +18,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from benchmarks import data, memory
-from benchmarks.contenders import CONTENDERS, Fused, Settings
+from benchmarks import data
+from benchmarks.bench import memory
+from benchmarks.bench.contenders import CONTENDERS, Fused
+from benchmarks.bench.own_work import OwnWork, check_equal_work, fresh, own_work, passes_of_a_step
+from benchmarks.bench.settings import Settings
+from benchmarks.bench.shapes import SETS, elements
+from benchmarks.bench.timing import Interleaved, timed
 from benchmarks.files import UserError
 from benchmarks.models import ResidualNetwork
-from benchmarks.own_work import OwnWork, check_equal_work, fresh, own_work, passes_of_a_step
-from benchmarks.shapes import SETS, elements
-from benchmarks.timing import Interleaved, timed
 
 full = pytest.mark.full  # not with --quick
 ALL = tuple(CONTENDERS)

@@ -5,30 +5,27 @@
 
 import argparse
 import json
-import multiprocessing
 import os
 import platform
 import shlex
-import signal
 import sys
-import threading
-import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
-from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
-from benchmarks import compare_report, compare_runs
-from benchmarks.compare_runs import DIGITS, FASHION_MNIST, QUICK, Result, Run, Settings
+from benchmarks.compare import experiment, report
+from benchmarks.compare.experiment import DIGITS, FASHION_MNIST, QUICK, Done, Result, Run, Settings
+from benchmarks.compare.workers import run_missing
 from benchmarks.files import UserError, replacing
 from benchmarks.options import Parser, count
 
 RESULTS = Path("benchmarks/results")
 SETTINGS = "settings.json"
+TABLE = "compare.md"
+NUMBERS = "compare.json"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -91,15 +88,31 @@ def compare(chosen: argparse.Namespace, arguments: str) -> None:
     run_missing(settings, done, chosen.jobs, keep)
     command = f"python -m benchmarks.compare {arguments}".strip()
     results.mkdir(parents=True, exist_ok=True)
-    print(compare_report.write(results, settings, done, {**environment, "command": command}), flush=True)
+    print(write(results, settings, done, {**environment, "command": command}), flush=True)
     say(f"everything is in {results}, the finished runs in {folder}")
+
+
+def write(folder: Path, settings: Settings, done: Done, environment: Mapping[str, Any]) -> str:
+    """Writes numbers, table and pictures into `folder` and returns the table as text."""
+    from benchmarks.compare import plots  # takes a second, and a mistake should not have to wait for it
+
+    found = report.make(settings, done, environment)
+    for name, content in plots.draw(found).items():
+        with replacing(folder / name) as file:
+            file.write(content)
+    numbers = json.dumps(report.numbers(found), indent=1, allow_nan=False, ensure_ascii=False)
+    with replacing(folder / NUMBERS) as file:
+        file.write((numbers + "\n").encode())
+    with replacing(folder / TABLE) as file:
+        file.write(report.markdown(found).encode())
+    return report.text(found)
 
 
 def settings_of(chosen: argparse.Namespace) -> Settings:
     """The settings that the options ask for."""
     if chosen.quick and chosen.data == "fashion-mnist":
         raise UserError("--quick: takes digits, not --data fashion-mnist")
-    name = chosen.data or compare_runs.default_data()
+    name = chosen.data or experiment.default_data()
     settings = QUICK if chosen.quick else FASHION_MNIST if name == "fashion-mnist" else DIGITS
     return settings if chosen.seeds is None else replace(settings, seeds=chosen.seeds)
 
@@ -114,7 +127,7 @@ def open_folder(folder: Path, settings: Settings) -> dict[str, Any]:
     """
     wanted = {
         "settings": json.loads(json.dumps(asdict(settings))),
-        "data": compare_runs.load(settings).fingerprint(),
+        "data": experiment.load(settings).fingerprint(),
         "environment": environment(),
     }
     path = folder / SETTINGS
@@ -175,94 +188,6 @@ def _read_json(path: Path) -> Any:
 def _write_json(path: Path, content: Any) -> None:
     with replacing(path) as file:
         file.write((json.dumps(content, allow_nan=False) + "\n").encode())
-
-
-# ---- the workers -----------------------------------------------------------------------------------------------------
-
-
-def run_missing(settings: Settings, done: dict[str, Result], jobs: int, keep: Callable[[Run, Result], None]) -> None:
-    """Performs what is missing in `done`, each run in one of `jobs` processes, and gives every result to `keep`.
-
-    What is run next follows from the results so far.
-    """
-    if missing(settings, done) is None:
-        return
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["benchmarks.compare_runs"])
-    processes, idle = [], []
-    running: dict[Connection, Run] = {}
-    try:
-        for _ in range(jobs):
-            ours, theirs = context.Pipe()
-            processes.append(context.Process(target=work, args=(theirs, settings), daemon=True))
-            processes[-1].start()
-            theirs.close()
-            idle.append(ours)
-        with tqdm(desc="comparison", unit=" evaluation", disable=None, smoothing=0, unit_scale=True) as bar:
-            show_progress(bar, settings, done, begun=True)
-            while True:
-                while idle and (run := missing(settings, done, running.values())) is not None:
-                    idle[-1].send(run)
-                    running[idle.pop()] = run
-                if not running:
-                    return
-                for connection in wait(list(running)):
-                    run = running.pop(connection)
-                    try:
-                        result, problem = connection.recv()
-                    except EOFError:
-                        raise UserError(f"{run.name}: its process was ended; the same command goes on") from None
-                    if problem:
-                        raise problem if isinstance(problem, UserError) else RuntimeError(f"{run.name}: {problem}")
-                    keep(run, result)
-                    idle.append(connection)
-                    show_progress(bar, settings, done)
-    finally:
-        for process in processes:
-            process.terminate()
-            process.join()
-
-
-def missing(settings: Settings, done: dict[str, Result], running: Any = ()) -> Run | None:
-    """The next run that has no result and is not under way; None if there is none that can be known yet."""
-    under_way = set(running)
-    plan = compare_runs.plan(settings, compare_runs.answer(settings, done))
-    return next((run for run in plan if run.name not in done and run not in under_way), None)
-
-
-def show_progress(bar: "tqdm[Any]", settings: Settings, done: dict[str, Result], begun: bool = False) -> None:
-    """Gradient evaluations of the finished runs, among those of all runs by the best present guess."""
-    guessed = compare_runs.guess(settings, compare_runs.answer(settings, done))
-    plan = compare_runs.plan(settings, guessed)
-    steps = settings.training // settings.batch_size
-    bar.total = steps * sum(run.cost for run in plan)
-    bar.n = steps * sum(run.cost for run in plan if run.name in done)
-    if begun:
-        bar.initial = bar.n  # what was there before took no time now
-    bar.set_postfix_str(f"{sum(run.name in done for run in plan)} of about {len(plan)} runs")
-
-
-def work(connection: Connection, settings: Settings) -> None:
-    """A worker: performs what it is sent, one run after the other, until there is nobody to send more."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all of a terminal's processes; the parent decides
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    while True:
-        try:
-            run = connection.recv()
-        except EOFError:
-            return
-        try:
-            connection.send((compare_runs.perform(settings, run), None))
-        except UserError as error:
-            connection.send((None, error))
-        except Exception:
-            connection.send((None, traceback.format_exc()))
-
-
-def _end_with_parent() -> None:
-    """A parent that is killed takes its workers along, in the middle of a run."""
-    multiprocessing.parent_process().join()
-    os._exit(1)
 
 
 def say(line: str) -> None:

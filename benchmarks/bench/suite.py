@@ -1,12 +1,7 @@
-"""The benchmark suite: measures, prints DESIGN's table of bounds with verdicts, and writes JSON, Markdown and plots.
+"""One run of the suite: which cases, how long each is measured, on what machine."""
 
-`python -m benchmarks.bench --help` explains the options.
-"""
-
-import argparse
 import contextlib
 import io
-import json
 import os
 import platform
 import shlex
@@ -18,9 +13,8 @@ from typing import Any
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # nothing from the profiler between the lines of the bar
 
-from benchmarks.files import UserError, replacing
+from benchmarks.files import UserError
 
-RESULTS = Path("benchmarks/results")
 GROUPS = {
     "own": "the optimizer's own work: naive, foreach, compiled, native",
     "variations": "the same for other k, ASAM, adaptive alpha",
@@ -114,81 +108,8 @@ def _group(item: Any) -> str:
     return item.originalname.removeprefix("bench_")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the suite; 0 if all was measured, 1 if a case failed, 2 after a mistake of the caller, 130 on Ctrl-C."""
-    chosen = parse(argv)
-    try:
-        return run(chosen, list(sys.argv[1:] if argv is None else argv))
-    except UserError as error:
-        warn(str(error))
-        return 2
-    except OSError as error:
-        warn(f"{error.filename or 'a file'}: {error.strerror or error}")
-        return 2
-    except KeyboardInterrupt:
-        warn("interrupted, nothing written")
-        return 130
-
-
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The command line."""
-    groups = "\n".join(f"  {name:12} {what}" for name, what in GROUPS.items())
-    parser = argparse.ArgumentParser(
-        prog="benchmarks.bench",
-        description="Measures the optimizer against DESIGN's bounds; all contenders take turns in one process.",
-        epilog=f"groups:\n{groups}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("--quick", action="store_true", help="fewer cases, shorter, nothing large, little compiled")
-    parser.add_argument("--only", metavar="G,G", help="groups to measure (default: all)")
-    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: 2, or the cores there are)")
-    parser.add_argument(
-        "--output", type=Path, metavar="DIR",
-        help=f"folder for results.json, table.md and the plots (default: {RESULTS}; with --quick or --only nothing is "
-        "written unless a folder is given)",
-    )  # fmt: skip
-    parser.add_argument("--redraw", action="store_true", help="measure nothing: draw from DIR's results.json")
-    chosen = parser.parse_args(argv)
-    chosen.groups = chosen.only.split(",") if chosen.only else list(GROUPS)
-    for group in chosen.groups:
-        if group not in GROUPS:
-            parser.exit(2, f"{parser.prog}: --only: expected some of {', '.join(GROUPS)}, got {group!r}\n")
-    if chosen.threads is not None and chosen.threads < 1:
-        parser.exit(2, f"{parser.prog}: --threads: expected at least 1, got {chosen.threads}\n")
-    return chosen
-
-
-def run(chosen: argparse.Namespace, argv: list[str]) -> int:
-    """Measure, or load what was measured, and report."""
-    output = chosen.output or (RESULTS if not (chosen.quick or chosen.only) or chosen.redraw else None)
-    if chosen.redraw:
-        results, suite = load(output / "results.json"), None
-    else:
-        if output:
-            output.mkdir(parents=True, exist_ok=True)
-        results, suite = measure(chosen, argv)
-
-    from benchmarks import bounds
-
-    table = bounds.check(results["measurements"])
-    print(bounds.as_text(table), flush=True)
-    if output:
-        from benchmarks import bench_plots
-
-        results["bounds"] = [vars(bound) for bound in table]
-        write(output / "results.json", to_json(results))
-        write(output / "table.md", bounds.as_markdown(table, results["measurements"], results["environment"]))
-        for name, figure in bench_plots.draw(results).items():
-            write(output / name, figure)
-        print(f"everything is in {output}", file=sys.stderr)
-    for line in (suite.skipped + suite.problems) if suite else ():
-        warn(line)
-    return 1 if suite and suite.problems else 0
-
-
-def measure(chosen: argparse.Namespace, argv: list[str]) -> tuple[dict[str, Any], Suite]:
-    """Run the chosen cases under pytest-benchmark."""
+def measure(groups: Sequence[str], quick: bool, threads: int | None, argv: list[str]) -> tuple[dict[str, Any], Suite]:
+    """Run the cases of these groups under pytest-benchmark; ``argv`` is noted with the results."""
     import pytest
     import torch
 
@@ -198,8 +119,8 @@ def measure(chosen: argparse.Namespace, argv: list[str]) -> tuple[dict[str, Any]
         kernels.resolve("native", torch.device("cpu"))
     except (RuntimeError, ValueError) as error:
         raise UserError(str(error)) from error
-    torch.set_num_threads(chosen.threads or min(2, os.cpu_count() or 1))
-    suite = Suite(chosen.quick, chosen.groups)
+    torch.set_num_threads(threads or min(2, os.cpu_count() or 1))
+    suite = Suite(quick, groups)
     load = os.getloadavg()[0]
     if load > 0.5:
         warn(f"load average {load:.1f}: other programs share the cores, and what is measured now proves nothing")
@@ -217,7 +138,7 @@ def measure(chosen: argparse.Namespace, argv: list[str]) -> tuple[dict[str, Any]
             suite.gather(request.node, benchmark)
 
     cases = Path(__file__).with_name("cases.py")
-    arguments = [str(cases), f"--rootdir={cases.parents[1]}", "-c", os.devnull, "-s", "-q", "-p", "no:cacheprovider"]
+    arguments = [str(cases), f"--rootdir={cases.parents[2]}", "-c", os.devnull, "-s", "-q", "-p", "no:cacheprovider"]
     arguments += ["-o", "python_functions=bench_*", "-o", "python_files=cases.py", "-W", "ignore"]
     arguments += ["--benchmark-quiet", "--benchmark-disable-gc", "--noconftest"]
     start = time.perf_counter()
@@ -266,37 +187,3 @@ def processor() -> str:
             if line.startswith("model name"):
                 return line.split(":", 1)[1].strip()
     return platform.processor() or platform.machine()
-
-
-def load(path: Path) -> dict[str, Any]:
-    """What an earlier run has written."""
-    try:
-        return json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}: not JSON ({error})") from error
-
-
-def write(path: Path, content: bytes) -> None:
-    """The whole file or the old one."""
-    with replacing(path) as file:
-        file.write(content)
-
-
-def to_json(results: dict[str, Any]) -> bytes:
-    """Numbers to five digits, which is more than there is to know."""
-
-    def short(value: Any) -> Any:
-        if isinstance(value, float):
-            return float(f"{value:.5g}")
-        if isinstance(value, dict):
-            return {key: short(v) for key, v in value.items()}
-        return [short(v) for v in value] if isinstance(value, (list, tuple)) else value
-
-    lines = ",\n  ".join(json.dumps(short(m), allow_nan=False) for m in results["measurements"])
-    rest = {key: short(value) for key, value in results.items() if key != "measurements"}
-    head = json.dumps(rest, indent=1, allow_nan=False, ensure_ascii=False).rstrip("}\n")
-    return f'{head},\n "measurements": [\n  {lines}\n ]\n}}\n'.encode()
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -3,11 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-
 import numpy as np
+from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
@@ -15,39 +12,14 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from benchmarks.checkpoint import Checkpoint, Record
 from benchmarks.files import replacing
 from benchmarks.methods import METHODS, label
+from benchmarks.style import HEAD, STYLE
 
 COLOURS = {name: method.colour for name, method in METHODS.items()}
-INK = "#262626"
-FAINT = "#8C8C8C"
-STYLE = {
-    "font.family": "DejaVu Sans",
-    "font.size": 9,
-    "text.color": INK,
-    "axes.labelcolor": INK,
-    "axes.edgecolor": "#BFBFBF",
-    "axes.linewidth": 0.8,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.grid.axis": "y",
-    "axes.axisbelow": True,
-    "grid.color": "#EBEBEB",
-    "grid.linewidth": 0.8,
-    "xtick.color": FAINT,
-    "ytick.color": FAINT,
-    "xtick.labelcolor": INK,
-    "ytick.labelcolor": INK,
-    "xtick.major.size": 3,
-    "ytick.major.size": 0,
-    "lines.solid_capstyle": "round",
-    "lines.solid_joinstyle": "round",
-}
-HEAD = {"loc": "left", "size": 10.5, "weight": "bold", "pad": 8}
 
 
 def draw(path: Path, checkpoint: Checkpoint) -> None:
     """Writes the picture of a run as PNG."""
-    with matplotlib.rc_context(STYLE):
+    with rc_context(STYLE):
         # in the palette's order, so that the methods of interest lie on top
         records = {method: checkpoint.records[method] for method in COLOURS if method in checkpoint.records}
         figure = _figure(checkpoint.settings, records)

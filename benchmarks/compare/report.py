@@ -1,20 +1,15 @@
 """What the comparison found, as Markdown, JSON and plots."""
 
-import json
 import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
-from benchmarks import compare_runs
-from benchmarks.compare_claims import OPEN, Claim, Measured, judge
-from benchmarks.compare_runs import Answers, Done, Row, Run, Settings
-from benchmarks.files import replacing
+from benchmarks.compare import experiment
+from benchmarks.compare.claims import OPEN, Claim, Measured, judge
+from benchmarks.compare.experiment import Answers, Done, Row, Run, Settings
 
-TABLE = "compare.md"
-NUMBERS = "compare.json"
 CHOICE_OF_SETTING = """
     The setting was chosen beforehand as one in which SGD overfits and SAM can help, so it says nothing about others.
     Four were tried with one seed, SGD and a few radii of SAM (in the first one Lookbehind-SAM too, once), judged by
@@ -40,32 +35,17 @@ class Report:
     environment: Mapping[str, Any]
 
 
-def write(folder: Path, settings: Settings, done: Done, environment: Mapping[str, Any]) -> str:
-    """Writes everything into `folder` and returns the table as text."""
-    from benchmarks import compare_plots  # takes a second, and a mistake should not have to wait for it
-
-    report = make(settings, done, environment)
-    for name, content in compare_plots.draw(report).items():
-        with replacing(folder / name) as file:
-            file.write(content)
-    with replacing(folder / NUMBERS) as file:
-        file.write((json.dumps(numbers(report), indent=1, allow_nan=False, ensure_ascii=False) + "\n").encode())
-    with replacing(folder / TABLE) as file:
-        file.write(markdown(report).encode())
-    return "\n".join(_table(report)) + "\n\n" + "\n".join(_claims(report))
-
-
 def make(settings: Settings, done: Done, environment: Mapping[str, Any]) -> Report:
     """The report on the finished runs, all of which have to be there."""
-    answers = compare_runs.answer(settings, done)
-    measured = {row.key: _measured(row, done) for row in compare_runs.rows(settings, answers)}
+    answers = experiment.answer(settings, done)
+    measured = {row.key: _measured(row, done) for row in experiment.rows(settings, answers)}
     sensitivity = {
         method: {rho: tuple(done[run.name]["accuracy"] for run in runs) for rho, runs in by_rho.items()}
-        for method, by_rho in compare_runs.sensitivity(settings, answers).items()
+        for method, by_rho in experiment.sensitivity(settings, answers).items()
     }
     tuning = {
-        key: [(own, compare_runs.mean_accuracy(runs, done)) for own, runs in candidates]
-        for key, candidates in compare_runs.questions(settings, answers).items()
+        key: [(own, experiment.mean_accuracy(runs, done)) for own, runs in candidates]
+        for key, candidates in experiment.questions(settings, answers).items()
     }
     claims = judge(settings, measured, sensitivity)
     return Report(settings, answers, measured, sensitivity, tuning, claims, environment)
@@ -92,6 +72,11 @@ def _numbers(value: Any) -> Any:
 
 
 # ---- text ------------------------------------------------------------------------------------------------------------
+
+
+def text(report: Report) -> str:
+    """The table and the claims, for a terminal."""
+    return "\n".join(_table(report)) + "\n\n" + "\n".join(_claims(report))
 
 
 def markdown(report: Report) -> str:

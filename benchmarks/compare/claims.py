@@ -5,7 +5,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from benchmarks.compare_runs import Row, Settings
+from benchmarks.compare.experiment import Row, Settings
 
 CLOSE = 0.01
 """Two accuracies that are within a percentage point of each other are close."""

@@ -9,11 +9,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from benchmarks.bench_plots import canvas
-from benchmarks.compare_claims import Measured
-from benchmarks.compare_report import Report
+from benchmarks.compare.claims import Measured
+from benchmarks.compare.report import Report
 from benchmarks.methods import METHODS
-from benchmarks.plots import FAINT, HEAD, INK, STYLE
+from benchmarks.style import FAINT, HEAD, INK, STYLE, canvas
 
 SHOWN = {
     "SAM": ("sgd", "sgd-longer", "sam", "multistep", "lookahead-sam", "lookbehind", "lookbehind-adaptive", "sam-free"),

@@ -12,18 +12,18 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
 
-from benchmarks.bounds import bandwidth, scaling
-from benchmarks.contenders import Settings
-from benchmarks.plots import COLOURS as METHODS
-from benchmarks.plots import FAINT, HEAD, INK, STYLE
-from benchmarks.shapes import TITLES
-from benchmarks.timing import Spread, ratios
+from benchmarks.bench.bounds import bandwidth, scaling
+from benchmarks.bench.settings import Settings
+from benchmarks.bench.shapes import TITLES
+from benchmarks.bench.timing import Spread, ratios
+from benchmarks.methods import METHODS
+from benchmarks.style import FAINT, HEAD, INK, STYLE, canvas
 
 COLOURS = {
-    "naive": METHODS["sgd"],
-    "foreach": METHODS["sam"],
-    "compiled": METHODS["lookbehind-adaptive"],
-    "native": METHODS["lookbehind"],
+    "naive": METHODS["sgd"].colour,
+    "foreach": METHODS["sam"].colour,
+    "compiled": METHODS["lookbehind-adaptive"].colour,
+    "native": METHODS["lookbehind"].colour,
 }
 LABELS = {
     "naive": "naive: torch ops by parameter, 2k",
@@ -61,16 +61,6 @@ def _note(e: Mapping[str, Any]) -> str:
         f"{e['processor']}, {e['cores']} cores, {e['threads']} threads, torch {e['torch']}, float32, SGD with momentum "
         "and weight decay. Median of rounds in which all take turns; bars: quartiles."
     )
-
-
-def canvas(width: float, height: float, title: str, subtitle: str, legend: bool = True) -> Figure:
-    """A figure in inches with its two titles, and room for a note and a legend below."""
-    figure = Figure(figsize=(width, height), layout="constrained")
-    bottom, top = (0.56 if legend else 0.26) / height, 0.62 / height  # in inches: the legend and a note, the titles
-    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.06, rect=(0, bottom, 1, 1 - top - bottom))
-    figure.text(0.012, 1 - 0.1 / height, title, size=13, weight="bold", va="top")
-    figure.text(0.012, 1 - 0.38 / height, subtitle, size=9, color="#5A5A5A", va="top")
-    return figure
 
 
 def _own_work(measurements: Sequence[Mapping[str, Any]]) -> Figure | None:

@@ -17,11 +17,12 @@ from torch.optim.lr_scheduler import LRScheduler
 from tqdm import tqdm
 
 from benchmarks import checkpoint as checkpoints
-from benchmarks import methods, options, results
+from benchmarks import methods, options
 from benchmarks.checkpoint import Checkpoint, Record
 from benchmarks.files import UserError, replacing
 from benchmarks.job import Job, first_line
-from benchmarks.results import NOISE_LEVEL
+from benchmarks.train import results
+from benchmarks.train.results import NOISE_LEVEL
 
 RUNS = Path("runs")
 PICTURE = "curves.png"
@@ -68,7 +69,7 @@ def train(chosen: argparse.Namespace, given: frozenset[str]) -> None:
             results.write(folder, checkpoint)
     results.write(folder, checkpoint)  # once more for a run that was killed on its last lines
 
-    from benchmarks import plots  # takes a second, and a mistake should not have to wait for it
+    from benchmarks.train import plots  # takes a second, and a mistake should not have to wait for it
 
     plots.draw(folder / PICTURE, checkpoint)
     print(results.format_table(results.summarize(checkpoint)), flush=True)

@@ -1,9 +1,9 @@
 """What the Triton and CUDA kernels move, counted from their compiled code as it is executed; no GPU is needed.
 
-`PYTHONPATH=<folder of gpusim> python -m benchmarks.traffic` prints a table: for each pass of an outer step the bytes
-that it reads and writes per parameter, its registers and its 16-byte accesses, and for the whole step what DESIGN's
-section 3 allows, and what the naive loop and the foreach form move, counted from their torch ops. float32, one tensor
-of whole chunks.
+`PYTHONPATH=<folder of gpusim> python -m benchmarks.bench.traffic` prints a table: for each pass of an outer step the
+bytes that it reads and writes per parameter, its registers and its 16-byte accesses, and for the whole step what
+DESIGN's section 3 allows, and what the naive loop and the foreach form move, counted from their torch ops. float32, one
+tensor of whole chunks.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.bounds import bytes_per_parameter
-from benchmarks.contenders import Foreach, Naive, Settings
+from benchmarks.bench.bounds import bytes_per_parameter
+from benchmarks.bench.contenders import Foreach, Naive
+from benchmarks.bench.settings import Settings
 from lookbehind_fused import Lookbehind
 
 SIZE = 4 * 4096
@@ -199,12 +200,12 @@ def table(capability: int) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the table; 2 where the tools for it are missing."""
-    parser = argparse.ArgumentParser(prog="benchmarks.traffic", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="benchmarks.bench.traffic", description=__doc__.splitlines()[0])
     parser.add_argument("--sm", type=int, default=90, help="compute capability to compile for (default: 90)")
     chosen = parser.parse_args(argv)
     for name in ("triton", "gpusim"):
         if importlib.util.find_spec(name) is None:
-            print(f"benchmarks.traffic: needs {name} on PYTHONPATH", file=sys.stderr)
+            print(f"benchmarks.bench.traffic: needs {name} on PYTHONPATH", file=sys.stderr)
             return 2
     print(table(chosen.sm))
     return 0

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.contenders import ALL, Settings
-from benchmarks.memory import Passes
-from benchmarks.timing import Segments
+from benchmarks.bench.contenders import ALL
+from benchmarks.bench.memory import Passes
+from benchmarks.bench.settings import Settings
+from benchmarks.bench.timing import Segments
 
 
 class OwnWork:

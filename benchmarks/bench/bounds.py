@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.contenders import Settings
-from benchmarks.shapes import TITLES
-from benchmarks.timing import Spread, exponent, ratios
+from benchmarks.bench.settings import Settings
+from benchmarks.bench.shapes import TITLES
+from benchmarks.bench.timing import Spread, exponent, ratios
 
 HOLDS, FAILS, MISSING = "holds", "FAILS", "not measured"
 Measurements = list[dict[str, Any]]

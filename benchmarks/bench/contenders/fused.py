@@ -1,0 +1,87 @@
+"""This library's optimizer, and its ops alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch.autograd.graph import increment_version
+
+from benchmarks.bench.contenders.foreach import Tensors, clear
+from benchmarks.bench.settings import Settings
+from lookbehind_fused import Lookbehind
+from lookbehind_fused.kernels import SCHEMAS, native
+
+NATIVE = "native"
+"""The backend under test."""
+
+
+class Fused(Lookbehind):
+    """``Lookbehind`` with one of its backends."""
+
+    def __init__(self, params: Tensors, settings: Settings, backend: str = NATIVE) -> None:
+        super().__init__(
+            params,
+            torch.optim.SGD,
+            rho=settings.rho,
+            k=settings.k,
+            alpha=settings.alpha,
+            alpha_scope=settings.scope,
+            adaptive=settings.asam,
+            eta=settings.eta,
+            backend=backend,
+            lr=settings.lr,
+            momentum=settings.momentum,
+            weight_decay=settings.weight_decay,
+        )
+
+
+class OpsAlone(Fused):
+    """What a step of native costs at the least: the ops that it calls, and around them nothing but clearing and reading
+    gradients and bumping version counters. It takes nothing into account that may have changed since the second step,
+    which it repeats, and leaves nothing to be restored. For a static alpha: then each evaluation has one op.
+    """
+
+    def __init__(self, params: Tensors, settings: Settings) -> None:
+        assert not settings.adaptive
+        super().__init__(params, settings)
+        self.held, self.steps, self.calls = list(params), 0, []
+
+    def evaluations(self) -> Iterator[int]:
+        """One outer step: the first two as native takes them."""
+        self.steps += 1
+        if self.steps <= 2:
+            self.calls.clear()
+            with self._recorded():
+                yield from super().evaluations()
+            return
+        for op, before, after, written in self.calls:
+            clear(self.held)
+            yield 0
+            with torch.no_grad():
+                op(*before, [p.grad for p in self.held], *after)
+                increment_version(written)
+
+    @contextmanager
+    def _recorded(self) -> Iterator[None]:
+        """Keep the calls: the op, what it is given before and after the gradients, and what it writes."""
+        with ExitStack() as stack:
+            for name in SCHEMAS:
+                op = getattr(torch.ops.lookbehind_fused, name).default
+                noted = partial(self._note, op, getattr(native, name))
+                stack.enter_context(patch.object(native, name, noted))
+            yield
+
+    def _note(self, op: Any, run: Any, **arguments: Any) -> None:
+        run(**arguments)
+        schema = op._schema.arguments
+        values = {**arguments, "params": []}  # reached by the addresses in ``table``
+        where = [a.name for a in schema].index("grads")
+        written = [arguments[a.name] for a in schema if a.alias_info is not None and a.alias_info.is_write]
+        tensors = [t for value in written for t in (value if isinstance(value, list) else [value]) if t is not None]
+        given = [values[a.name] for a in schema]
+        self.calls.append((op, given[:where], given[where + 1 :], tensors))
