@@ -14,7 +14,7 @@ from torch import Tensor
 from lookbehind_fused import ASAM, SAM, Lookbehind, MultistepSAM
 from tests.algorithm1 import Formulas, Gradients, TorchBase, algorithm1, ascend, clip, each, slow_step_size
 from tests.conftest import assert_close, assert_same_state
-from tests.test_parameters import RULES
+from tests.test_tensors import RULES
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6}
 Gradient = Callable[[list[Tensor]], Gradients]

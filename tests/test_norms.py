@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lookbehind_fused import Lookbehind
 from tests.conftest import LOW_PRECISION, Duel, assert_close
-from tests.test_parameters import RULES
+from tests.test_tensors import RULES
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2e-6}
 ALPHAS = {

@@ -17,7 +17,7 @@ from lookbehind_fused.compat import ASAM, SAM, LookbehindASAM, LookbehindSAM, Si
 from tests.conftest import assert_close, assert_equal, assert_same_state, scaled_error
 
 OURS = "from lookbehind_fused.compat import"
-THEIRS = "from tests.public_forms import"
+THEIRS = "from tests.compat.public_forms import"
 
 AUTHORS_SCRIPT = """
 {import_line} ASAM, SAM, Lookbehind_ASAM, Lookbehind_SAM

@@ -13,7 +13,7 @@ from lookbehind_fused import ASAM, SAM, Lookbehind, MultistepSAM, weight_scaling
 from tests.algorithm1 import Formulas, algorithm1
 from tests.conftest import assert_close, assert_equal, assert_same_state
 from tests.test_family import Problem
-from tests.test_parameters import RULES
+from tests.test_tensors import RULES
 
 MIXED = [True, False, True]
 

@@ -2,7 +2,7 @@
 
 Values are checked against torch's own optimizers (with rho = 0 and alpha = 1 an outer step is k steps of the base
 optimizer with one gradient, bit for bit) or against gradients captured during the step. The helpers at the top serve
-`test_bad_input.py` and `test_checkpointing.py` too.
+`test_arguments.py` and `test_checkpoint.py` too.
 """
 
 import copy

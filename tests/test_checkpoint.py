@@ -13,7 +13,7 @@ from torch.nn.functional import linear
 
 from lookbehind_fused import Lookbehind
 from tests.conftest import assert_same_state, assert_torchs_weights, drive
-from tests.test_interface import Problem, freeze, norm, outer_step, plain_step, snapshot
+from tests.test_optimizer import Problem, freeze, norm, outer_step, plain_step, snapshot
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -337,7 +337,7 @@ def test_resume_in_a_new_process(backend, tmp_path):
             "base": opt.base_optimizer.state_dict(),
         }
     torch.save(saved, tmp_path / "saved.pt")
-    code = f"from tests.test_checkpointing import resume_in_this_process as go; go({str(tmp_path)!r}, {backend!r})"
+    code = f"from tests.test_checkpoint import resume_in_this_process as go; go({str(tmp_path)!r}, {backend!r})"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     for number, (run, (problem, opt)) in enumerate(runs.items()):

@@ -15,7 +15,7 @@ from torch import nn
 
 from lookbehind_fused import Lookbehind
 from tests.conftest import assert_same_state, drive
-from tests.test_interface import FORMS, Problem, freeze, outer_step, snapshot
+from tests.test_optimizer import FORMS, Problem, freeze, outer_step, snapshot
 
 WRONG = (ValueError, TypeError)
 
