@@ -43,6 +43,7 @@ def optimizer_of(problem: Problem, rule: str, backend: str, **settings: Any) -> 
     return Lookbehind([group], optimizer_class, backend=backend, **settings, **hyper)
 
 
+@pytest.mark.sample(18)
 @pytest.mark.parametrize(("alpha", "scope"), [(0.3, "global"), ("adaptive", "global"), ("adaptive", "tensor")])
 @pytest.mark.parametrize("k", [1, 2, 3])
 @pytest.mark.parametrize("rule", RULES)
