@@ -310,6 +310,7 @@ def run(optimizer: Lookbehind, problem: Problem, form: str, gradients: int) -> i
     return count
 
 
+@pytest.mark.sample(72)
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("form", ["step", "evaluations", "halves"])
 @pytest.mark.parametrize("rule", RULES)
@@ -335,6 +336,7 @@ def test_a_method_is_its_transcription(backend: str, method: str, rule: str, for
                 assert_close(f"{key} of tensor {i}", found, torch.as_tensor(value), TOLERANCE[dtype] * 3)
 
 
+@pytest.mark.sample(96)
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("form", ["step", "evaluations", "pairs"])
 @pytest.mark.parametrize("rule", RULES)
