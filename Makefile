@@ -10,12 +10,12 @@ PY     := $(VENV)/bin/python
 PIP    := $(PY) -m pip --disable-pip-version-check
 READY  := $(VENV)/.ready
 CODE   := setup.py lookbehind_fused benchmarks tests
-CPP    := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.inc csrc/*/*.cu csrc/*/*.cuh tests/*.cpp)
+CPP    := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.inc csrc/*/*.cu csrc/*/*.cuh tests/*/*.cpp)
 CXX    ?= g++
 
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
-.PHONY: help setup train compare test bench gpu-check sanitize dist-check check format clean
+.PHONY: help setup train compare test test-all bench gpu-check sanitize dist-check check format clean
 
 # An interpreter that was asked for by name must be the one in .venv; otherwise any that .venv has will do.
 VERSION := import sys; print("%d.%d" % sys.version_info[:2])
@@ -36,7 +36,7 @@ setup: $(READY)  ## make .venv and install everything into it (the second time t
 	@echo "$(VENV) is ready"
 
 # Threads that wait are to sleep: where other programs share the cores, spinning ones cost ten times the time.
-train compare test: export OMP_WAIT_POLICY ?= PASSIVE
+train compare test test-all: export OMP_WAIT_POLICY ?= PASSIVE
 
 train: $(READY)  ## run the main job; ARGS="--help" lists its options
 	@$(PY) -m benchmarks.train $(ARGS)
@@ -44,8 +44,11 @@ train: $(READY)  ## run the main job; ARGS="--help" lists its options
 compare: $(READY)  ## compare the methods, each tuned, three seeds: 45 minutes on two cores; goes on where it stopped
 	@$(PY) -m benchmarks.compare $(ARGS)
 
-test: $(READY)  ## run the tests on all cores; ARGS are pytest's
+test: $(READY)  ## run what a change needs: of large tables a sample, another one each time; ARGS are pytest's
 	@$(PY) -m pytest -n auto $(ARGS)
+
+test-all: $(READY)  ## run every test: 45 CPU minutes
+	@$(PY) -m pytest -n auto --all $(ARGS)
 
 bench: $(READY)  ## measure against the reference loops and print the bounds; ARGS="--help" lists its options
 	@$(PY) -m benchmarks.bench $(ARGS)

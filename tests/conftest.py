@@ -12,6 +12,13 @@ from torch import Tensor
 
 from lookbehind_fused import Lookbehind
 from tests.algorithm1 import Formulas, Gradients, algorithm1
+from tests.sampling import (  # noqa: F401  pytest looks for hooks here
+    pytest_addoption,
+    pytest_collection_modifyitems,
+    pytest_configure,
+    pytest_configure_node,
+    pytest_sessionstart,
+)
 
 BACKENDS = os.environ.get("LOOKBEHIND_TEST_BACKENDS", "reference native").split()
 """Every test that takes the fixture ``backend`` runs on each of these."""

@@ -105,7 +105,7 @@ def listed(value: Any) -> list[Any]:
 
 def table_of_passes(dtype: str, backend: str, sample: int = 1) -> str:
     """The table of passes, or every ``sample``-th case of it."""
-    from tests.passes import VARIANTS, cases
+    from tests.kernels.passes import VARIANTS, cases
 
     number, on_gpu = 0, OnGpu(backend)
     for name, rule in VARIANTS:

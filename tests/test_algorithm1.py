@@ -212,6 +212,7 @@ def compare_steps(
 # ---- the table -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.sample(48)
 @pytest.mark.parametrize("reuse", [True, False], ids=["reuse", "2k"])
 @pytest.mark.parametrize("alpha", ALPHAS)
 @pytest.mark.parametrize("k", [1, 2, 3, 5])
@@ -221,6 +222,7 @@ def test_step_is_algorithm_1(backend: str, ascent: str, base: str, k: int, alpha
     compare(backend, base, {"k": k, "reuse_gradient": reuse, **ASCENTS[ascent], **ALPHAS[alpha]})
 
 
+@pytest.mark.sample(24)
 @pytest.mark.parametrize("reuse", [True, False], ids=["reuse", "2k"])
 @pytest.mark.parametrize("alpha", ["0.3", "adaptive-global"])
 @pytest.mark.parametrize("k", [1, 3])
@@ -231,6 +233,7 @@ def test_evaluations_are_algorithm_1(backend: str, ascent: str, base: str, k: in
     compare(backend, base, options, form="evaluations", steps=3)
 
 
+@pytest.mark.sample(24)
 @pytest.mark.parametrize("alpha", ALPHAS)
 @pytest.mark.parametrize("k", [1, 2, 3])
 @pytest.mark.parametrize("base", ["sgd-nesterov", "adam"])
@@ -240,6 +243,7 @@ def test_pairs_are_algorithm_1(backend: str, ascent: str, base: str, k: int, alp
     compare(backend, base, options, form="pairs", steps=3)
 
 
+@pytest.mark.sample(16)
 @pytest.mark.parametrize("reuse", [True, False], ids=["reuse", "2k"])
 @pytest.mark.parametrize("k", [1, 2, 3])
 @pytest.mark.parametrize("base", MORE_BASES)
@@ -247,6 +251,7 @@ def test_more_bases_are_algorithm_1(backend: str, base: str, k: int, reuse: bool
     compare(backend, base, {"k": k, "reuse_gradient": reuse, **ASCENTS["asam"], **ALPHAS["adaptive-global"]})
 
 
+@pytest.mark.sample(8)
 @pytest.mark.parametrize("reuse", [True, False], ids=["reuse", "2k"])
 @pytest.mark.parametrize("max_grad_norm", [0.2, 50.0], ids=["always", "never"])
 @pytest.mark.parametrize("base", ["sgd-nesterov", "adam"])
@@ -258,6 +263,7 @@ def test_clipping_is_of_the_descent_only(
     compare(backend, base, {**options, "max_grad_norm": max_grad_norm})
 
 
+@pytest.mark.sample(8)
 @pytest.mark.parametrize("form", ["evaluations", "pairs"])
 @pytest.mark.parametrize("alpha", ["0.3", "adaptive-global"])
 @pytest.mark.parametrize("ascent", ASCENTS)
@@ -273,6 +279,7 @@ def test_another_minibatch_in_each_evaluation(backend: str, alpha: str) -> None:
     compare(backend, "adam", options, data=lambda t, index: batch(10 * t + index))
 
 
+@pytest.mark.sample(12)
 @pytest.mark.parametrize("alpha", ALPHAS)
 @pytest.mark.parametrize("k", [1, 2, 3])
 @pytest.mark.parametrize("base", ["sgd-nesterov", "adamw-amsgrad"])
@@ -347,6 +354,7 @@ def test_evaluation_says_where_it_is(backend: str) -> None:
 # ---- can the comparison fail? ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.sample(16)
 @pytest.mark.parametrize(
     ("base", "oracle_base", "oracle_options"),
     [
@@ -445,6 +453,7 @@ def test_a_wrong_algorithm_is_seen(backend: str, monkeypatch: pytest.MonkeyPatch
 # ---- k + 1 against 2k ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.sample(24)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("k", [1, 2, 5])
 @pytest.mark.parametrize("base", ["sgd-nesterov", "adamw-amsgrad", "RMSprop"])
@@ -491,6 +500,7 @@ def test_reuse_gives_the_same_bits(backend: str, alpha: str, base: str, k: int, 
 # ---- textbook SAM, and the base optimizer alone ----------------------------------------------------------------------
 
 
+@pytest.mark.sample(16)
 @pytest.mark.parametrize("base", {**BASES, **MORE_BASES})
 @pytest.mark.parametrize("ascent", ASCENTS)
 def test_one_inner_step_is_textbook_sam(backend: str, ascent: str, base: str) -> None:
@@ -681,6 +691,7 @@ class Mlp(nn.Module):
         return self.layers(x)
 
 
+@pytest.mark.sample(24)
 @pytest.mark.parametrize("form", ["step", "pairs"])
 @pytest.mark.parametrize("alpha", ["0.3", "adaptive-tensor"])
 @pytest.mark.parametrize("k", [1, 2, 3])
@@ -711,6 +722,7 @@ def test_clipping_with_any_base_optimizer(backend: str, base: str) -> None:
 # ---- threads ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize(
     ("dtype", "base", "alpha"),
     [

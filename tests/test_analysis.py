@@ -104,6 +104,7 @@ def in_eval(model: nn.Module) -> nn.Module:
 # ---- sharpness -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.sample(6)
 @pytest.mark.parametrize(("adaptive", "eta"), BALLS)
 @pytest.mark.parametrize("norm", [nn.BatchNorm1d, Shifted])
 @pytest.mark.parametrize("m", [None, 2])
@@ -335,6 +336,7 @@ class Interrupting:
             raise self.error("stop")
 
 
+@pytest.mark.sample(9)
 @pytest.mark.parametrize("name", MEASUREMENTS)
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])

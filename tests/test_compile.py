@@ -62,6 +62,10 @@ class Counter:
         return graph.forward
 
 
+# The same graphs: inductor makes C++ out of them, which takes its time to compile.
+COMPILERS = ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)]
+
+
 @pytest.fixture(autouse=True)
 def fresh_compiler():
     torch._dynamo.reset()
@@ -87,6 +91,7 @@ def applied(problem: Problem, apply, steps: int) -> list[torch.Tensor]:
     return problem.weights()
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("name", SETTINGS)
 def test_twenty_steps_with_twelve_learning_rates_make_one_graph_an_evaluation(name):
     problem, counter = Problem(name), Counter()
@@ -105,6 +110,7 @@ FAMILY = {
 }
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("name", FAMILY)
 def test_methods_of_the_family_make_one_graph_an_evaluation(name, monkeypatch):
     make, settings, evaluations = FAMILY[name]
@@ -117,6 +123,7 @@ def test_methods_of_the_family_make_one_graph_an_evaluation(name, monkeypatch):
     assert all(map(torch.equal, weights, eager(name, steps=20)))
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("name", ["sgd", "adamw", "adaptive-tensor"])
 def test_inductor_gives_the_eager_bits(name):
     problem = Problem(name)
@@ -124,8 +131,10 @@ def test_inductor_gives_the_eager_bits(name):
     assert all(map(torch.equal, weights, eager(name, steps=6)))
 
 
+@pytest.mark.sample(1)
+@pytest.mark.parametrize("compiler", COMPILERS)
 @pytest.mark.parametrize("name", ["sgd", "adamw", "asam"])
-def test_one_graph_holds_forward_backward_and_the_passes(name, monkeypatch):
+def test_one_graph_holds_forward_backward_and_the_passes(name, compiler, monkeypatch):
     """In float64, where inductor's own arithmetic of the model is the only difference."""
     monkeypatch.setattr(torch._dynamo.config, "trace_autograd_ops", True, raising=False)
     if not hasattr(torch._dynamo.config, "trace_autograd_ops"):
@@ -142,7 +151,7 @@ def test_one_graph_holds_forward_backward_and_the_passes(name, monkeypatch):
             problem.optimizer.apply(evaluation)
             return loss.detach()
 
-        run = torch.compile(evaluate, fullgraph=True) if compiles else evaluate
+        run = torch.compile(evaluate, fullgraph=True, backend=compiler) if compiles else evaluate
         losses = []
         for step in range(5):
             problem.schedule(step)
@@ -153,13 +162,15 @@ def test_one_graph_holds_forward_backward_and_the_passes(name, monkeypatch):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)
 
 
+@pytest.mark.sample(1)
+@pytest.mark.parametrize("compiler", COMPILERS)
 @pytest.mark.parametrize("name", ["sgd", "adaptive"])
-def test_a_compiled_model_under_a_closure(name):
+def test_a_compiled_model_under_a_closure(name, compiler):
     problem, twin = Problem(name), Problem(name)
     for one in (problem, twin):
         one.model.double()
         one.inputs, one.targets = one.inputs.double(), one.targets.double()
-    model = torch.compile(problem.model, fullgraph=True)
+    model = torch.compile(problem.model, fullgraph=True, backend=compiler)
 
     def closure(one, forward):
         loss = one.loss(forward)

@@ -27,6 +27,7 @@ def example(monkeypatch: pytest.MonkeyPatch) -> type[Lookbehind]:
     return names["PenaltySAM"]
 
 
+@pytest.mark.sample(6)
 @pytest.mark.parametrize("dtype", test_family.TOLERANCE, ids=str)
 @pytest.mark.parametrize("form", ["step", "evaluations"])
 @pytest.mark.parametrize("rule", test_family.RULES)

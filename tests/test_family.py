@@ -14,7 +14,7 @@ from torch import Tensor
 from lookbehind_fused import ASAM, SAM, Lookbehind, MultistepSAM
 from tests.algorithm1 import Formulas, Gradients, TorchBase, algorithm1, ascend, clip, each, slow_step_size
 from tests.conftest import assert_close, assert_same_state
-from tests.test_parameters import RULES
+from tests.test_tensors import RULES
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6}
 Gradient = Callable[[list[Tensor]], Gradients]
@@ -310,6 +310,7 @@ def run(optimizer: Lookbehind, problem: Problem, form: str, gradients: int) -> i
     return count
 
 
+@pytest.mark.sample(72)
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("form", ["step", "evaluations", "halves"])
 @pytest.mark.parametrize("rule", RULES)
@@ -335,6 +336,7 @@ def test_a_method_is_its_transcription(backend: str, method: str, rule: str, for
                 assert_close(f"{key} of tensor {i}", found, torch.as_tensor(value), TOLERANCE[dtype] * 3)
 
 
+@pytest.mark.sample(96)
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("form", ["step", "evaluations", "pairs"])
 @pytest.mark.parametrize("rule", RULES)

@@ -169,8 +169,8 @@ def table(capability: int) -> str:
 
     drivers = {"triton": simdriver.activate(capability)}
     if find_nvcc():
-        from tests.cuda_build import Build
-        from tests.cuda_cases import Executor
+        from tests.kernels.cuda_build import Build
+        from tests.kernels.cuda_cases import Executor
 
         drivers["cuda"] = Executor(Build(), capability)
     lines = [

@@ -26,7 +26,7 @@ from benchmarks.compare.experiment import FASHION_MNIST, QUICK, Row, Run
 SEEDS = 2
 QUICK_RUN = ["--quick", "--seeds", str(SEEDS), "--jobs", "2"]
 SETTINGS = replace(QUICK, seeds=SEEDS)
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 ROWS = (
     *("sgd", "sgd-longer", "lookahead", "sam", "multistep", "multistep-average", "lookahead-sam", "lookbehind"),
     *("lookbehind-adaptive", "sam-free", "lookbehind-free", "asam", "multistep-asam", "multistep-average-asam"),

@@ -15,7 +15,7 @@ from torch import nn
 
 from lookbehind_fused import Lookbehind
 from tests.conftest import assert_same_state, drive
-from tests.test_interface import FORMS, Problem, freeze, outer_step, snapshot
+from tests.test_optimizer import FORMS, Problem, freeze, outer_step, snapshot
 
 WRONG = (ValueError, TypeError)
 
@@ -450,6 +450,7 @@ def test_closure_that_returns_nothing(backend, base):
     assert_works_like_untroubled(opt, problem, backend, base=base)
 
 
+@pytest.mark.sample(12)
 @pytest.mark.parametrize("form", ["step", "evaluations"])
 @pytest.mark.parametrize("at", [0, 1, 2])
 @pytest.mark.parametrize("base", BASES)
@@ -520,6 +521,7 @@ def run_and_fail(opt, problem, form, at, error, moment):
     drive(opt, form, evaluate, opt.k)
 
 
+@pytest.mark.sample(24)
 @pytest.mark.parametrize("error", [ZeroDivisionError, Interrupted, StopIteration, GeneratorExit])
 @pytest.mark.parametrize("moment", ["before backward", "after backward", "half way"])
 @pytest.mark.parametrize("reuse", [True, False])
@@ -535,6 +537,7 @@ def test_exception_at_any_evaluation(backend, form, reuse, moment, error):
         assert_works_like_untroubled(opt, problem, backend, steps=steps, k=3, reuse_gradient=reuse)
 
 
+@pytest.mark.sample(8)
 @pytest.mark.parametrize("base", [torch.optim.Adam, torch.optim.AdamW, torch.optim.RMSprop, torch.optim.NAdam])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_exception_with_other_bases_and_dtypes(backend, base, dtype):
@@ -568,6 +571,7 @@ INNER = {
 }
 
 
+@pytest.mark.sample(24)
 @pytest.mark.parametrize("inner", INNER)
 @pytest.mark.parametrize("outer", ["step", "evaluations"])
 @pytest.mark.parametrize("at", [0, 1, 2])
@@ -643,6 +647,7 @@ CHECKPOINTING = {
 SAVED = {"state": {}, "param_groups": []}  # refused because a step is open, before anything is looked at
 
 
+@pytest.mark.sample(12)
 @pytest.mark.parametrize("action", CHECKPOINTING)
 @pytest.mark.parametrize("form", FORMS)
 def test_no_checkpoint_of_an_open_step(backend, form, action):
@@ -742,6 +747,7 @@ def test_rows_cut_off_between_steps(backend):
     opt.step(closure)
 
 
+@pytest.mark.sample(12)
 @pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize("change", ["shape", "same size", "double", "half", "bfloat16"])
 def test_data_replaced_between_steps(backend, change, base):
@@ -797,6 +803,7 @@ def test_whole_model_converted_between_steps(backend):
         opt.step(problem.closure)
 
 
+@pytest.mark.sample(12)
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("at", [1, 2])
@@ -972,6 +979,7 @@ BAD_STATE = {
 }
 
 
+@pytest.mark.sample(40)
 @pytest.mark.parametrize("steps", [0, 1])
 @pytest.mark.parametrize("name", BAD_STATE)
 def test_bad_state_dict(backend, name, steps):

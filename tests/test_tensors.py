@@ -48,6 +48,7 @@ MISSING = {
 }
 
 
+@pytest.mark.sample(24)
 @pytest.mark.parametrize("form", ["step", "pairs"])
 @pytest.mark.parametrize("scope", ["global", "tensor"])
 @pytest.mark.parametrize("base", RULES)
@@ -72,6 +73,7 @@ def test_gradients_come_and_go(backend: str, missing: str, base: str, scope: str
     assert not torch.equal(params[0], start[0])
 
 
+@pytest.mark.sample(8)
 @pytest.mark.parametrize("base", ["RMSprop", "NAdam"])
 @pytest.mark.parametrize("missing", MISSING)
 def test_gradients_come_and_go_for_any_base(backend: str, missing: str, base: str) -> None:
@@ -215,6 +217,7 @@ def strange_gradient(kind: str, g: Tensor) -> Tensor:
     raise ValueError(kind)
 
 
+@pytest.mark.sample(8)
 @pytest.mark.parametrize("kind", ["contiguous", "reversed", "channels-last", "every-other", "odd-strides"])
 @pytest.mark.parametrize("base", ["sgd", "adamw"])
 def test_layouts_of_parameters_and_gradients(backend: str, base: str, kind: str) -> None:
@@ -494,6 +497,7 @@ class Run:
         }
 
 
+@pytest.mark.sample(24)
 @pytest.mark.parametrize(
     ("form", "how"),
     [
@@ -601,6 +605,7 @@ def test_error_to_float64(backend: str, base: str, reuse: bool, dtype: torch.dty
         duel.check(TOLERANCE if dtype == torch.float64 else 2e-6)
 
 
+@pytest.mark.sample(24)
 @pytest.mark.parametrize("adaptive", [False, True], ids=["sam", "asam"])
 @pytest.mark.parametrize("alpha", [0.3, 1.0, "adaptive"])
 @pytest.mark.parametrize("base", RULES)

@@ -2,7 +2,7 @@
 
 A process of its own, since the library that it loads takes CPU tensors for the GPU's::
 
-    python -m tests.cuda_cases sm80 --dtype float32 --passes descend
+    python -m tests.kernels.cuda_cases sm80 --dtype float32 --passes descend
 
 Everything between Python and the kernels is the package's own: the ops, their checks, the launches. ``gpusim``, which
 has to be on PYTHONPATH, executes what is launched. Prints a line for each case that fails, and last how many there
@@ -21,9 +21,9 @@ from gpusim.ptxsim import PTX, traffic
 from torch import Tensor
 
 from lookbehind_fused.kernels import Flag, cuda, device, reference
-from tests.cuda_build import Build
-from tests.passes import VARIANTS, Case, cases
-from tests.test_triton import FULL, full_case
+from tests.kernels.cuda_build import Build
+from tests.kernels.passes import VARIANTS, Case, cases
+from tests.kernels.test_triton import FULL, full_case
 
 SIZES = [7, 1, 0, 5_137, 33, 1_500]
 CALLBACK = ctypes.CFUNCTYPE(

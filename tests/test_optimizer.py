@@ -2,7 +2,7 @@
 
 Values are checked against torch's own optimizers (with rho = 0 and alpha = 1 an outer step is k steps of the base
 optimizer with one gradient, bit for bit) or against gradients captured during the step. The helpers at the top serve
-`test_bad_input.py` and `test_checkpointing.py` too.
+`test_arguments.py` and `test_checkpoint.py` too.
 """
 
 import copy
@@ -418,6 +418,7 @@ def test_closure_and_loop_run_with_gradients_enabled_under_no_grad(backend):
     assert all(p.requires_grad and p.is_leaf for p in problem.params)
 
 
+@pytest.mark.sample(24)
 @pytest.mark.parametrize("constructed_with", [True, False])
 @pytest.mark.parametrize("alpha", [0.3, "adaptive"])
 @pytest.mark.parametrize("k", [1, 2, 3])
@@ -917,6 +918,7 @@ SCHEDULERS = {
 }
 
 
+@pytest.mark.sample(40)
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("on", ["lookbehind", "base"])
 @pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.Adam])
@@ -1103,6 +1105,7 @@ class HostReads(TorchDispatchMode):
         return result
 
 
+@pytest.mark.sample(6)
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("scope", ["global", "tensor"])
 @pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.AdamW])
@@ -1187,6 +1190,7 @@ MEMORY = [
 ]
 
 
+@pytest.mark.sample(16)
 @pytest.mark.parametrize(("dtype", "base", "base_options", "states", "options", "buffers"), MEMORY)
 def test_extra_memory(backend, dtype, base, base_options, states, options, buffers):
     """`slow`; for k >= 2 a working copy of each state (an abandoned step must leave the base's own alone) and `fast`,

@@ -2,8 +2,8 @@
 
 A process of its own, since Triton is either interpreted or compiled, from its import on::
 
-    python -m tests.triton_cases interpreter --dtype bfloat16 --passes ascend
-    python -m tests.triton_cases sm80 --dtype float32 --passes descend
+    python -m tests.kernels.triton_cases interpreter --dtype bfloat16 --passes ascend
+    python -m tests.kernels.triton_cases sm80 --dtype float32 --passes descend
 
 The compiled kernels are executed on CPU tensors by ``gpusim``, which has to be on PYTHONPATH. Prints a line for each
 case that fails, and last how many there were.
@@ -35,7 +35,7 @@ def main() -> int:
 
     import torch
 
-    from tests.passes import VARIANTS, cases
+    from tests.kernels.passes import VARIANTS, cases
 
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)  # with NaN in all fresh memory

@@ -45,6 +45,7 @@ def step(optimizer: Any, problem: Problem) -> None:
     optimizer.step(problem.evaluate)
 
 
+@pytest.mark.sample(24)
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize(("k", "alpha"), [(1, 0.3), (2, 1.0), (2, 0.5), (3, 0.8)])
 @pytest.mark.parametrize("inner", INNER)

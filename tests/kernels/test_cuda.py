@@ -1,7 +1,7 @@
 """The CUDA kernels without a GPU: compiled by nvcc, looked at, and executed as compiled.
 
 ``gpusim`` executes them; where it is not on PYTHONPATH, or there is no nvcc, these tests are skipped. What is executed
-runs in a process of its own (``tests.cuda_cases``).
+runs in a process of its own (``tests.kernels.cuda_cases``).
 """
 
 import re
@@ -14,9 +14,9 @@ import torch
 
 from lookbehind_fused import Lookbehind
 from lookbehind_fused.kernels import SCHEMAS, cuda, native, reference, resolve, triton
-from tests.cuda_build import CAPABILITIES, Build, missing
-from tests.mutants import assert_noticed, assert_passed, cases_of, copied_to, mutate
-from tests.test_triton import run
+from tests.kernels.cuda_build import CAPABILITIES, Build, missing
+from tests.kernels.mutants import assert_noticed, assert_passed, cases_of, copied_to, mutate
+from tests.kernels.test_triton import run
 
 needs_tools = pytest.mark.skipif(bool(missing()), reason=f"needs {missing()}")
 
@@ -30,7 +30,7 @@ def test_the_table_on_executed_code(where: str, dtype: str, sample: int) -> None
     """Each pass against the reference in float64, through the ops and their checks: every address, every barrier, no
     two blocks at one element, gradients read-only.
     """
-    printed = run("tests.cuda_cases", where, "--dtype", dtype, "--sample", str(sample))
+    printed = run("tests.kernels.cuda_cases", where, "--dtype", dtype, "--sample", str(sample))
     assert re.search(r"^[1-9]\d* cases, 0 failed$", printed, re.MULTILINE)
 
 
@@ -38,21 +38,21 @@ def test_the_table_on_executed_code(where: str, dtype: str, sample: int) -> None
 @pytest.mark.parametrize("instead", ["--many", "--bytes", "--refused"])
 def test_what_is_not_in_the_table(instead: str) -> None:
     """1 to 300 tensors and 257 chunks; bytes of each array; arguments that are refused."""
-    printed = run("tests.cuda_cases", "sm90", instead)
+    printed = run("tests.kernels.cuda_cases", "sm90", instead)
     assert re.search(r"^[1-9]\d* cases, 0 failed$", printed, re.MULTILINE)
 
 
 @needs_tools
 def test_whole_steps_on_executed_code() -> None:
     """The optimizer on compiled kernels: base optimizers, k, alpha, ASAM and clipping in turn."""
-    printed = run("tests.cuda_cases", "sm80", "--steps", "--sample", "37")
+    printed = run("tests.kernels.cuda_cases", "sm80", "--steps", "--sample", "37")
     assert re.search(r"^[1-9]\d* cases, 0 failed$", printed, re.MULTILINE)
 
 
 @needs_tools
 def test_more_programs_than_fit_32_bits() -> None:
     """A tensor of 3e9 elements: its last chunk is where it should be."""
-    printed = run("tests.cuda_cases", "sm90", "--far")
+    printed = run("tests.kernels.cuda_cases", "sm90", "--far")
     assert "the last chunk of 3,000,000,001 elements is at its place" in printed
 
 
@@ -104,7 +104,7 @@ MUTANTS = {
 
 
 def options_of(options: str) -> list[str]:
-    """Of ``tests.cuda_cases``."""
+    """Of ``tests.kernels.cuda_cases``."""
     return ["sm90", "--alone", "--most", "6", *options.split()]
 
 
@@ -113,7 +113,7 @@ def test_what_is_no_mutant_passes(tmp_path: Path) -> None:
     """The cases below fail because of the mutation and of nothing else."""
     folder = copied_to(tmp_path, "csrc", "lookbehind_fused", "tests")
     for options in {options for *_, options in MUTANTS.values()}:
-        assert_passed(cases_of(folder, "tests.cuda_cases", options_of(options)))
+        assert_passed(cases_of(folder, "tests.kernels.cuda_cases", options_of(options)))
 
 
 @needs_tools
@@ -123,7 +123,7 @@ def test_a_mutant_is_seen(mutant: str, tmp_path: Path) -> None:
     name, before, after, options = MUTANTS[mutant]
     folder = copied_to(tmp_path, "csrc", "lookbehind_fused", "tests")
     mutate(folder / "csrc" / "cuda" / name, before, after)
-    assert_noticed(cases_of(folder, "tests.cuda_cases", options_of(options)))
+    assert_noticed(cases_of(folder, "tests.kernels.cuda_cases", options_of(options)))
 
 
 # ---- machine code ----------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lookbehind_fused import Lookbehind
 from tests.conftest import LOW_PRECISION, Duel, assert_close
-from tests.test_parameters import RULES
+from tests.test_tensors import RULES
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2e-6}
 ALPHAS = {
@@ -54,6 +54,7 @@ def run(duel: Duel, dtype: torch.dtype, steps: int = 3) -> None:
         duel.synchronise()
 
 
+@pytest.mark.sample(24)
 @pytest.mark.parametrize("alpha", ALPHAS)
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("broken", BROKEN)
@@ -69,6 +70,7 @@ def test_in_other_dtypes(backend: str, broken: str, dtype: torch.dtype) -> None:
     run(duel(backend, dtype, rule, BROKEN[broken], alpha="adaptive", adaptive=True, eta=0.03), dtype, steps=1)
 
 
+@pytest.mark.sample(16)
 @pytest.mark.parametrize("k", [1, 2])
 @pytest.mark.parametrize("alpha", ALPHAS)
 @pytest.mark.parametrize("evaluation", [0, 1, 2])
@@ -79,6 +81,7 @@ def test_with_few_inner_steps(backend: str, k: int, alpha: str, evaluation: int,
         run(duel(backend, torch.float64, rule, [(1, evaluation)], k=k, **ALPHAS[alpha], **options), torch.float64)
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("evaluation", range(6))
 def test_in_the_2k_form(backend: str, evaluation: int) -> None:
     for alpha in ALPHAS.values():
@@ -132,6 +135,7 @@ def test_what_is_propagated(backend: str) -> None:
 # ---- grad_scale ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.sample(12)
 @pytest.mark.parametrize("as_tensor", [False, True])
 @pytest.mark.parametrize("options", [{}, {"max_grad_norm": 0.4}, {"adaptive": True, "k": 1}], ids=str)
 @pytest.mark.parametrize("rule", RULES)

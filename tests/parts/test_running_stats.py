@@ -50,6 +50,7 @@ def make(model: nn.Module, backend: str, **settings: Any) -> Lookbehind:
     return Lookbehind(model.parameters(), torch.optim.SGD, lr=0.1, momentum=0.9, backend=backend, **settings)
 
 
+@pytest.mark.sample(6)
 @pytest.mark.parametrize("form", ["step", "evaluations", "pairs", "apply"])
 @pytest.mark.parametrize("microbatches", [1, 2])
 def test_only_evaluations_at_the_slow_weights_take_part(backend: str, form: str, microbatches: int) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch.utils.cpp_extension import include_paths
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 DTYPES = {"float64": "f64", "float32": "f32", "bfloat16": "bf16", "float16": "f16"}
 CAPABILITIES = (80, 90, 100)
 
@@ -47,7 +47,7 @@ class Build:
         machine_code: bool = True,
     ) -> None:
         self.sources = sorted(path for path in (ROOT / "csrc").rglob("*") if path.is_file())
-        self.sources.append(ROOT / "tests" / "cuda_stub.cpp")
+        self.sources.append(ROOT / "tests" / "kernels" / "cuda_stub.cpp")
         self.dtypes, self.capabilities, self.machine_code = dtypes, capabilities, machine_code
         content = b"".join(path.read_bytes() for path in [*self.sources, Path(__file__)])
         key = f"{torch.__version__} {dtypes} {capabilities} {machine_code}".encode()
@@ -110,7 +110,7 @@ class Build:
         includes = [f"-I{path}" for path in include_paths()]
         ops = ROOT / "csrc" / "cuda" / "ops.cpp"
         run("g++", *flags, *others, *includes, "-c", str(ops), "-o", str(self.folder / "ops.o"))
-        stub = ROOT / "tests" / "cuda_stub.cpp"
+        stub = ROOT / "tests" / "kernels" / "cuda_stub.cpp"
         run(nvcc(), "-Xcompiler=-fPIC,-fvisibility=hidden", "-c", str(stub), "-o", str(self.folder / "cuda_stub.o"))
 
 

@@ -1,5 +1,5 @@
 // A CUDA runtime without a GPU: a launch is handed to a function that executes the kernel on the CPU. Linked with the
-// objects that nvcc has made of csrc/cuda, it takes libcudart's place (tests/cuda_cases.py).
+// objects that nvcc has made of csrc/cuda, it takes libcudart's place (tests/kernels/cuda_cases.py).
 #include <cuda_runtime_api.h>
 
 #include <map>

@@ -1,7 +1,7 @@
 """What public implementations of SAM and Lookbehind-SAM do, as plain loops with nothing from ``lookbehind_fused``.
 
-Written from a description of their behaviour, to be read beside the papers. ``tests/test_compat.py`` runs one and the
-same training script with these classes and with those of ``lookbehind_fused.compat``.
+Written from a description of their behaviour, to be read beside the papers. ``tests/compat/test_compat.py`` runs one
+and the same training script with these classes and with those of ``lookbehind_fused.compat``.
 """
 
 from collections import defaultdict

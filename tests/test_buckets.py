@@ -13,7 +13,7 @@ from lookbehind_fused import ASAM, SAM, Lookbehind, MultistepSAM, weight_scaling
 from tests.algorithm1 import Formulas, algorithm1
 from tests.conftest import assert_close, assert_equal, assert_same_state
 from tests.test_family import Problem
-from tests.test_parameters import RULES
+from tests.test_tensors import RULES
 
 MIXED = [True, False, True]
 
@@ -43,6 +43,7 @@ def optimizer_of(problem: Problem, rule: str, backend: str, **settings: Any) -> 
     return Lookbehind([group], optimizer_class, backend=backend, **settings, **hyper)
 
 
+@pytest.mark.sample(18)
 @pytest.mark.parametrize(("alpha", "scope"), [(0.3, "global"), ("adaptive", "global"), ("adaptive", "tensor")])
 @pytest.mark.parametrize("k", [1, 2, 3])
 @pytest.mark.parametrize("rule", RULES)

@@ -21,11 +21,11 @@ from lookbehind_fused import Lookbehind
 from lookbehind_fused.kernels import BACKENDS, SCHEMAS, Flag, native, reference
 from lookbehind_fused.kernels.schema import UNSCALE
 from tests.conftest import LOW_PRECISION, Duel, assert_close, assert_equal, dense, drive, scaled_error
-from tests.passes import ARGUMENTS, DESCENTS, DTYPES, OPS, SIZES, VARIANTS, WRITTEN, Case, cases, listed_values
-from tests.test_parameters import OPTIONS, parameters
-from tests.test_parameters import RULES as BASES
+from tests.kernels.passes import ARGUMENTS, DESCENTS, DTYPES, OPS, SIZES, VARIANTS, WRITTEN, Case, cases, listed_values
+from tests.test_tensors import OPTIONS, parameters
+from tests.test_tensors import RULES as BASES
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def check_conversions() -> None:
@@ -304,7 +304,7 @@ def on_instruction_set(isa: str, code: str) -> subprocess.CompletedProcess:
 LEVELS = ["DEFAULT", "AVX2", "AVX512"]
 
 
-EVERYTHING = "from tests.test_native import check_everything as go; go()"
+EVERYTHING = "from tests.kernels.test_native import check_everything as go; go()"
 
 
 @pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
@@ -322,7 +322,7 @@ def test_every_instruction_set(isa: str) -> None:
 
 
 def test_an_unknown_instruction_set_is_an_error() -> None:
-    code = "from tests.test_native import Case, native; import torch; Case('ascend', torch.float32, [3]).run(native)"
+    code = "from tests.kernels.passes import Case, native; import torch; Case('ascend', torch.float32, [3]).run(native)"
     done = on_instruction_set("sse9", code)
     assert done.returncode != 0
     assert "LOOKBEHIND_ISA: expected baseline, avx2 or avx512" in done.stderr

@@ -26,7 +26,7 @@ from benchmarks.methods import METHODS
 from benchmarks.models import ResidualNetwork
 from benchmarks.train import __main__ as train
 from benchmarks.train import plots
-from tests.test_data import write_cifar10, write_idx
+from tests.benchmarks.test_data import write_cifar10, write_idx
 
 # 6 steps an epoch, 12 a method, well under a second
 SMALL = ["--limit", "100", "--batch-size", "16", "--epochs", "2", "--width", "4"]
@@ -105,7 +105,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> dict:
     """One run of the four default methods at the default size, with its output."""
     folder = tmp_path_factory.mktemp("whole") / "run"
     argv = ["-m", "benchmarks.train", "--epochs", "3", "--k", "3", "--alpha", "0.4", "--output", str(folder)]
-    result = subprocess.run([sys.executable, *argv], cwd=Path(__file__).parents[1], capture_output=True, text=True)
+    result = subprocess.run([sys.executable, *argv], cwd=Path(__file__).parents[2], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     with open(folder / "history.csv") as file:
         history = list(csv.DictReader(file))
@@ -465,7 +465,7 @@ def test_a_diverged_run_ends_and_says_so(tmp_path, capfd):
 # Kills. Each run is a process forked from a server that has everything imported, so that many of them are cheap.
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["tests.test_train", "sklearn.datasets", "torch._dynamo"])
+CONTEXT.set_forkserver_preload(["tests.benchmarks.test_train", "sklearn.datasets", "torch._dynamo"])
 KILLED = -signal.SIGKILL
 KILL_OPTIONS = [*SMALL, "--method", "sgd,lookbehind-adaptive", "--k", "3", "--checkpoint-every", "2"]
 
@@ -877,7 +877,7 @@ def test_a_full_disk_is_one_line(tmp_path, no_picture, monkeypatch, capfd):
 
 def test_the_command_ends_with_the_code(tmp_path):
     command = [sys.executable, "-m", "benchmarks.train", "--k", "0"]
-    result = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True)
+    result = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True)
     assert result.returncode == 2
     assert result.stderr.count("\n") == 1
 

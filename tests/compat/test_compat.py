@@ -17,7 +17,7 @@ from lookbehind_fused.compat import ASAM, SAM, LookbehindASAM, LookbehindSAM, Si
 from tests.conftest import assert_close, assert_equal, assert_same_state, scaled_error
 
 OURS = "from lookbehind_fused.compat import"
-THEIRS = "from tests.public_forms import"
+THEIRS = "from tests.compat.public_forms import"
 
 AUTHORS_SCRIPT = """
 {import_line} ASAM, SAM, Lookbehind_ASAM, Lookbehind_SAM
@@ -157,6 +157,7 @@ METHODS = [
 ]
 
 
+@pytest.mark.sample(20)
 @pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize(("method", "positional"), METHODS)
 def test_a_script_of_the_authors_form(backend: str, method: str, positional: tuple, base: str) -> None:
@@ -172,6 +173,7 @@ def test_a_script_of_the_authors_form(backend: str, method: str, positional: tup
     assert_same_run(ours, run_script(AUTHORS_SCRIPT, THEIRS, KEYWORDS={}, **names))
 
 
+@pytest.mark.sample(16)
 @pytest.mark.parametrize("form", ["halves", "closure"])
 @pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize("groups", [1, 2])
@@ -524,6 +526,7 @@ def test_halves_out_of_order(backend: str, name: str) -> None:
 # ---- saving ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.sample(10)
 @pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize("way", ["optimizer", "optimizer, first", "minimizer", "deepcopy", "pickle"])
 def test_a_resumed_run_has_the_same_bits(backend: str, way: str, base: str) -> None:

@@ -1,7 +1,7 @@
 """The Triton kernels without a GPU: interpreted, compiled ahead of time, and executed as compiled.
 
 ``gpusim`` does the last two; where it is not on PYTHONPATH these tests are skipped. Every part runs in a process of its
-own (``tests.triton_cases``).
+own (``tests.kernels.triton_cases``).
 """
 
 import importlib.util
@@ -19,8 +19,8 @@ from torch import Tensor
 
 from lookbehind_fused import Lookbehind
 from lookbehind_fused.kernels import SCHEMAS, Flag, cuda, device, triton
-from tests.mutants import ROOT, assert_noticed, assert_passed, cases_of, copied_to, mutate
-from tests.passes import DESCENTS, Case
+from tests.kernels.mutants import ROOT, assert_noticed, assert_passed, cases_of, copied_to, mutate
+from tests.kernels.passes import DESCENTS, Case
 
 MISSING = [name for name in ("triton", "gpusim") if importlib.util.find_spec(name) is None]
 pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"needs {' and '.join(MISSING)} on PYTHONPATH")
@@ -46,7 +46,8 @@ INTERPRETED = [
 @pytest.mark.parametrize(("dtype", "passes", "sample"), INTERPRETED)
 def test_the_table_in_the_interpreter(dtype: str, passes: str, sample: int) -> None:
     """Each pass against the reference in float64, as native is tested; bfloat16 rounded as on a GPU."""
-    printed = run("tests.triton_cases", "interpreter", "--dtype", dtype, "--passes", passes, "--sample", str(sample))
+    options = ("--dtype", dtype, "--passes", passes, "--sample", str(sample))
+    printed = run("tests.kernels.triton_cases", "interpreter", *options)
     assert re.search(r"^[1-9]\d* cases, 0 failed$", printed, re.MULTILINE)
 
 
@@ -64,14 +65,14 @@ EXECUTED = [
 @pytest.mark.parametrize(("where", "dtype", "passes", "sample"), EXECUTED)
 def test_the_table_on_executed_code(where: str, dtype: str, passes: str, sample: int) -> None:
     """The compiled kernels: every address, every barrier, no two blocks at one element, gradients read-only."""
-    printed = run("tests.triton_cases", where, "--dtype", dtype, "--passes", passes, "--sample", str(sample))
+    printed = run("tests.kernels.triton_cases", where, "--dtype", dtype, "--passes", passes, "--sample", str(sample))
     assert re.search(r"^[1-9]\d* cases, 0 failed$", printed, re.MULTILINE)
 
 
 @pytest.mark.parametrize(("tensors", "sample"), [(1, 29), (300, 122)])
 def test_few_and_many_tensors_on_executed_code(tensors: int, sample: int) -> None:
     """An even sample: in random schedules, those of odd numbers, 300 tensors take minutes."""
-    printed = run("tests.triton_cases", "sm90", "--tensors", str(tensors), "--sample", str(sample))
+    printed = run("tests.kernels.triton_cases", "sm90", "--tensors", str(tensors), "--sample", str(sample))
     assert re.search(r"^[1-9]\d* cases, 0 failed$", printed, re.MULTILINE)
 
 
@@ -88,7 +89,7 @@ def test_the_family_in_the_interpreter() -> None:
     environment = {"TRITON_INTERPRET": "1", "LOOKBEHIND_TEST_BACKENDS": "triton"}
     chosen = "transcription and float64 and step and (sgd or SGD or ASAM)"
     printed = run(
-        "pytest", "tests/test_family.py", "tests/test_lookahead.py", "-p", "no:xdist", "-k", chosen, **environment
+        "pytest", "tests/test_family.py", "tests/parts/test_lookahead.py", "-p", "no:xdist", "-k", chosen, **environment
     )
     assert "[100%]" in printed
 
@@ -96,7 +97,7 @@ def test_the_family_in_the_interpreter() -> None:
 @pytest.mark.parametrize(("where", "sample"), [("sm90", 23), ("sm100", 41)])
 def test_whole_steps_on_executed_code(where: str, sample: int) -> None:
     """The optimizer on compiled kernels: SGD, Nesterov, Adam, AdamW; k, alpha, ASAM and clipping in turn."""
-    printed = run("tests.triton_cases", where, "--steps", "--sample", str(sample))
+    printed = run("tests.kernels.triton_cases", where, "--steps", "--sample", str(sample))
     assert re.search(r"^[1-9]\d* cases, 0 failed$", printed, re.MULTILINE)
 
 
@@ -104,7 +105,7 @@ def test_more_programs_than_fit_32_bits() -> None:
     """A tensor of 3e9 elements: its last chunk is where it should be. Nothing has that much memory here, so a kernel
     with a small tensor's addresses shifted back by the chunk's offset finds its way to that tensor.
     """
-    printed = run("tests.triton_cases", "sm90", "--far")
+    printed = run("tests.kernels.triton_cases", "sm90", "--far")
     assert "the last chunk of 3,000,000,001 elements is at its place" in printed
 
 
@@ -154,7 +155,7 @@ MUTANTS = {
 
 
 def options_of(where: str, what: str) -> list[str]:
-    """Of ``tests.triton_cases``."""
+    """Of ``tests.kernels.triton_cases``."""
     sample = "12" if what == "descend" else "1"  # the first rules have no state
     return [where, what] if what == "--far" else [where, "--passes", what, "--sample", sample, "--most", "9"]
 
@@ -163,7 +164,7 @@ def test_what_is_no_mutant_passes(tmp_path: Path) -> None:
     """The cases below fail because of the mutation and of nothing else."""
     folder = copied_to(tmp_path, "lookbehind_fused", "tests")
     for where, what in {(where, what) for _, _, where, what in MUTANTS.values()}:
-        assert_passed(cases_of(folder, "tests.triton_cases", options_of(where, what)))
+        assert_passed(cases_of(folder, "tests.kernels.triton_cases", options_of(where, what)))
 
 
 @pytest.mark.parametrize("mutant", MUTANTS)
@@ -172,7 +173,7 @@ def test_a_mutant_is_seen(mutant: str, tmp_path: Path) -> None:
     before, after, where, what = MUTANTS[mutant]
     folder = copied_to(tmp_path, "lookbehind_fused", "tests")
     mutate(folder / "lookbehind_fused" / "kernels" / "triton_kernels.py", before, after)
-    assert_noticed(cases_of(folder, "tests.triton_cases", options_of(where, what)))
+    assert_noticed(cases_of(folder, "tests.kernels.triton_cases", options_of(where, what)))
 
 
 # ---- traffic ---------------------------------------------------------------------------------------------------------
