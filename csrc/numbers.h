@@ -5,16 +5,13 @@
 #include <math.h>
 #include <stdint.h>
 
-#include "cpu/chunk.h"
+#include "contract.h"
 #include "rules.h"
 
 namespace lookbehind_fused {
 
 constexpr double kNormEpsilon = 1e-16;
 constexpr double kClipEpsilon = 1e-6;
-
-// Where the numbers of a pass stand in ``hyper``.
-enum Hyper { kRho, kEta, kAlpha, kMaxGradNorm, kUnscale, kOfRule };
 
 // ||T g||^2 and ||g||^2: the sums over all buckets' rows of ``sq_norms``, which is null where a pass needs none.
 struct SqNorms {
@@ -61,33 +58,35 @@ LOOKBEHIND_INLINE double power(double base, int exponent) {
 #endif
 }
 
-// ---- a rule's numbers at a tensor's update number ``step``; ``h`` in the order of lookbehind_fused/base.py ----------
+// ---- a rule's numbers at a tensor's update number ``step``; ``hyper`` is a row of hyper
+// ------------------------------
 
 template <class T>
 LOOKBEHIND_INLINE void set_rule(NoRule<T>&, const double*, int64_t, int) {}
 
 template <class T, int kMomentum>
-LOOKBEHIND_INLINE void set_rule(Sgd<T, kMomentum>& rule, const double* h, int64_t flags, int step) {
-  const double momentum = h[1], dampening = h[2];
-  rule.lr = T(h[0]), rule.weight_decay = T(h[3]);
+LOOKBEHIND_INLINE void set_rule(Sgd<T, kMomentum>& rule, const double* hyper, int64_t flags, int step) {
+  const double momentum = hyper[kSgdMomentum], dampening = hyper[kSgdDampening];
+  rule.lr = T(hyper[kSgdLr]), rule.weight_decay = T(hyper[kSgdWeightDecay]);
   rule.keep = T(step == 1 ? 0 : momentum), rule.gain = T(step == 1 ? 1 : 1 - dampening);
   rule.direct = T(flags & kNesterov ? 1 : 0), rule.through = T(flags & kNesterov ? momentum : 1);
 }
 
 template <class T>
-LOOKBEHIND_INLINE void set_corrections(T& step_size, T& root, const double* h, int step) {
-  step_size = T(h[0] / (1 - power(h[1], step))), root = T(square_root(1 - power(h[2], step)));
+LOOKBEHIND_INLINE void set_corrections(T& step_size, T& root, const double* hyper, int step) {
+  step_size = T(hyper[kAdamLr] / (1 - power(hyper[kAdamBeta1], step)));
+  root = T(square_root(1 - power(hyper[kAdamBeta2], step)));
 }
 
 template <class T, int kWithAmsgrad>
-LOOKBEHIND_INLINE void set_rule(Adam<T, kWithAmsgrad>& rule, const double* h, int64_t flags, int step) {
-  const double lr = h[0], beta1 = h[1], beta2 = h[2], eps = h[3], weight_decay = h[4];
-  set_corrections(rule.step_size, rule.root, h, step);
+LOOKBEHIND_INLINE void set_rule(Adam<T, kWithAmsgrad>& rule, const double* hyper, int64_t flags, int step) {
+  const double beta1 = hyper[kAdamBeta1], beta2 = hyper[kAdamBeta2], weight_decay = hyper[kAdamWeightDecay];
+  set_corrections(rule.step_size, rule.root, hyper, step);
   rule.step_size_before = rule.root_before = 0;
-  if (flags & kDerives) set_corrections(rule.step_size_before, rule.root_before, h, step - 1);
-  rule.rest1 = T(1 - beta1), rule.beta2 = T(beta2), rule.rest2 = T(1 - beta2), rule.eps = T(eps);
+  if (flags & kDerives) set_corrections(rule.step_size_before, rule.root_before, hyper, step - 1);
+  rule.rest1 = T(1 - beta1), rule.beta2 = T(beta2), rule.rest2 = T(1 - beta2), rule.eps = T(hyper[kAdamEps]);
   rule.coupled = T(flags & kDecoupled ? 0 : weight_decay);
-  rule.shrink = T(flags & kDecoupled ? 1 - lr * weight_decay : 1);
+  rule.shrink = T(flags & kDecoupled ? 1 - hyper[kAdamLr] * weight_decay : 1);
 }
 
 }  // namespace lookbehind_fused

@@ -310,8 +310,8 @@ def _ascend(
     bucket of its own, so that dtypes and devices may be mixed. Tensors without a gradient are left alone.
     """
     reached = [(p, g, w) for p, g, w in zip(params, grads, perturbed, strict=True) if g is not None]
-    tables = [tensor_table([p], [0]) for p, _, _ in reached]
-    hyper = torch.tensor([rho, eta], dtype=torch.float64)
+    tables = [tensor_table([p], [0], [0]) for p, _, _ in reached]
+    hyper = torch.tensor([[rho, eta]], dtype=torch.float64)
     sq_norms = torch.zeros(len(reached), 2, dtype=torch.float64)
     flags = Flag.ADAPTIVE * adaptive
     for row, ((p, g, w), table) in enumerate(zip(reached, tables, strict=True)):

@@ -50,11 +50,7 @@ ADAM_RULE = Rule(
     name="adam",
     hyper=lambda group: (group["lr"], *group["betas"], group["eps"], group["weight_decay"]),
     state=lambda group: ("exp_avg", "exp_avg_sq", *(("max_exp_avg_sq",) if group["amsgrad"] else ())),
-    flags=lambda group: (
-        Flag.MAXIMIZE * group["maximize"]
-        + Flag.AMSGRAD * group["amsgrad"]
-        + Flag.DECOUPLED * group["decoupled_weight_decay"]
-    ),
+    flags=lambda group: Flag.MAXIMIZE * group["maximize"] + Flag.DECOUPLED * group["decoupled_weight_decay"],
     derives=lambda group: True,
     counted=True,
 )

@@ -22,11 +22,13 @@ from torch.optim import Optimizer
 from .arguments import Settings, check_group, describe, layout
 from .base import Rule
 from .evaluations import MEAN, Evaluation
-from .kernels import Flag, reference
-from .kernels.schema import ADDRESS, UNSCALE, tensor_table
+from .kernels import Flag, RuleId, reference
+from .kernels.contract import BUFFERS, Column, Hyper
+from .kernels.schema import tensor_table
 
 ALIGNMENT = 64  # bytes
 STEP_BUFFERS = ("slow", "fast", "first", "perturbed")
+RULE_IDS = {({0: "none", 1: "sgd", 2: "sgd"}.get(rule, "adam"), count): rule for rule, count in BUFFERS.items()}
 
 
 class Gathered(NamedTuple):
@@ -133,8 +135,8 @@ class Bucket:
         # Of even and of odd inner steps: kernels read one while they write the other.
         self.working_steps = [torch.zeros(len(params), device=scalars) for _ in range(2)]
         self.sums = torch.zeros(len(params), 3, dtype=torch.float64, device=self.device)
-        self.hyper = torch.zeros(UNSCALE + 1 + len(rule.hyper(group)), dtype=torch.float64, device=scalars)
-        self.mean_hyper = torch.zeros(UNSCALE + 5, dtype=torch.float64, device=scalars)
+        self.hyper = torch.zeros(1, Hyper.OF_RULE + len(rule.hyper(group)), dtype=torch.float64, device=scalars)
+        self.mean_hyper = torch.zeros(1, Hyper.OF_RULE + 4, dtype=torch.float64, device=scalars)
         self.group_values: tuple = ()
         self.settings: Settings | None = None
         self.state_names: tuple[str, ...] = ()
@@ -201,7 +203,7 @@ class Bucket:
             self.buffers[name].zero_()
         if moved:
             self.addresses = [*map(Tensor.data_ptr, self.params)]
-            self.table[:, ADDRESS] = torch.tensor(self.addresses)
+            self.table[:, Column.ADDRESS] = torch.tensor(self.addresses)
         self.joined: set[int] | frozenset[int] = set()  # rows that had a gradient in this step
         self.updated: set[int] | frozenset[int] = set()  # rows that the base optimizer has updated in this step
 
@@ -230,7 +232,7 @@ class Bucket:
         """Bring ``hyper`` and ``flags`` up to date."""
         scaled_on_device = isinstance(grad_scale, Tensor)
         self._read_numbers(settings, "on device" if scaled_on_device else grad_scale)
-        self.unscale = self.hyper[UNSCALE] if scaled_on_device or grad_scale != 1 else None
+        self.unscale = self.hyper[0, Hyper.UNSCALE] if scaled_on_device or grad_scale != 1 else None
         if scaled_on_device:
             self.unscale.copy_(grad_scale.detach().reshape(()).double().reciprocal(), non_blocking=True)
 
@@ -503,7 +505,7 @@ class Bucket:
             **{"state": [], "state_from": [], "steps": self.working_steps[0], "steps_from": None},
             "table": self._table(gathered.rows),
             "hyper": self.mean_hyper,
-            "rule": "sgd",
+            "rule": int(RuleId.SGD),
             "flags": self.flags & int(Flag.ADAPTIVE | Flag.SKIPS),
         }
         if evaluation.ascends:
@@ -656,7 +658,7 @@ class Bucket:
             "table": part.table,
             "sq_norms": scalars.sq_norms[self.device][evaluation.index] if needs_norms else None,
             "hyper": self.hyper,
-            "rule": self.rule.name,
+            "rule": int(RULE_IDS[self.rule.name, len(names)]),
             "flags": part.flags,
         }
 
@@ -671,7 +673,7 @@ def flat_layout(params: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, i
     unit = ALIGNMENT // dtype.itemsize
     starts = [0, *accumulate(-(-p.numel() // unit) * unit for p in params)]
     size = starts.pop()
-    return tensor_table(params, starts), size
+    return tensor_table(params, starts, [0] * len(params)), size
 
 
 def flat_view(buffer: Tensor, table: Tensor, row: int, shape: Sequence[int], strides: Sequence[int]) -> Tensor:

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from . import kernels
 from .arguments import check_fraction, check_int, check_parameters, layout
 from .buckets import flat_layout, flat_view
-from .kernels.schema import ADDRESS
+from .kernels.contract import Column
 from .optimizer import Lookbehind, params_and_names
 
 
@@ -322,7 +322,7 @@ class _Copies:
 
         The pass takes alpha from the angle between two vectors: (cos + 1) / 2.
         """
-        self.table[:, ADDRESS] = torch.tensor([*map(Tensor.data_ptr, self.params)])
+        self.table[:, Column.ADDRESS] = torch.tensor([*map(Tensor.data_ptr, self.params)])
         fast = None
         if self.rounds:
             fast = torch.empty_like(self.slow)

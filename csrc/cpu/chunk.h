@@ -2,24 +2,11 @@
 // each instruction set (chunk_*.cpp); ops.cpp chooses.
 #pragma once
 
-#include <stdint.h>
+#include "../contract.h"
 
 namespace lookbehind_fused {
 
-// kernels.schema.Flag
-enum Flag : int64_t {
-  kAdaptive = 1,
-  kPerTensor = 2,
-  kMaximize = 4,
-  kNesterov = 8,
-  kAmsgrad = 16,
-  kDecoupled = 32,
-  kDerives = 64,
-  kSkips = 128
-};
-
 enum class Dtype { f64, f32, bf16, f16 };
-enum class Rule { none, sgd, sgd_momentum, adam, adam_amsgrad };
 // Those of kernels.schema, and ``keep``: the first ascent of a step where nothing is to move.
 enum class Pass {
   reduce_sq_norm,
@@ -41,7 +28,7 @@ struct Variant {
   bool derives;  // fast_from are the slow weights, and the fast ones what the rule has made of them
 };
 
-// The numbers of one tensor, as the compute type's: a rule's constants are in the order of its members (rules.h).
+// The numbers of a tensor, as the compute type's: a rule's constants are in the order of its members (rules.h).
 template <class T>
 struct Constants {
   T rule[10];
@@ -50,8 +37,6 @@ struct Constants {
   T eta;
   T alpha;
 };
-
-constexpr int kMaxStates = 3;
 
 // Pointers to a chunk's first element. ``param`` and ``grad`` have the parameter's dtype, all others the compute
 // type's; those that a pass has no use for are null. ``*_from`` may equal what is written.

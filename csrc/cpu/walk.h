@@ -12,23 +12,27 @@ namespace lookbehind_fused {
 
 constexpr int64_t kChunk = 16384;  // elements of a piece at most: its sums are the same for any number of threads
 
-// A row of ``table``: one tensor.
+// One tensor: what ``table`` says of it, and by address what PyTorch has of it, null where a pass has no use for that.
 struct Row {
-  int64_t row, start, size;
+  int64_t row, start, size, group;
+  void* param;
+  const void* grad;
+  int64_t numbers;  // which of the pass's constants are its own: neighbours share them where they are equal
 };
 
 // The tensors of a call and its flat buffers, by address; null or empty where a pass has no use for them.
 struct Addresses {
-  const Row* rows = nullptr;
+  Row* rows = nullptr;
   int64_t count = 0;
   Dtype dtype = Dtype::f32;
-  std::vector<void*> params, grads;
   void* perturbed = nullptr;
   void* slow = nullptr;
   void* fast = nullptr;
   void* fast_from = nullptr;
   void* first = nullptr;
-  std::vector<void*> state, state_from;
+  int states = 0;
+  void* state[kMaxStates] = {};
+  void* state_from[kMaxStates] = {};
 };
 
 struct Piece {
@@ -44,19 +48,19 @@ inline std::vector<Piece> pieces_of(const Row* rows, int64_t count) {
   return pieces;
 }
 
-// Call run(piece number) for all of them, in parallel. Each thread has a run of pieces with about as many elements as
-// the others'. ``Threads`` says how many there are, count(), and how many elements are worth one, kPerThread; share(n,
-// f) calls f(begin, end) for parts of [0, n). From kStreamed elements on, results are streamed.
+// Call run(piece number) for all of them, in parallel if there are at least kShared elements. Each thread has a run of
+// pieces with about as many elements as the others', and no fewer than kPerThread. ``Threads`` says how many there are,
+// count(); share(n, f) calls f(begin, end) for parts of [0, n). From kStreamed elements on, results are streamed.
 template <class Threads, class F>
-void for_each_piece(const std::vector<Piece>& pieces, const F& run) {
-  std::vector<int64_t> ends(pieces.size() + 1, 0);
-  for (size_t i = 0; i < pieces.size(); ++i) ends[i + 1] = ends[i] + pieces[i].size;
-  const int64_t total = ends.back();
-  const int64_t threads = std::min<int64_t>(Threads::count(), total / Threads::kPerThread);
+void for_each_piece(const std::vector<Piece>& pieces, int64_t total, const F& run) {
+  const int64_t threads =
+      total < Threads::kShared ? 1 : std::min<int64_t>(Threads::count(), total / Threads::kPerThread);
   if (threads <= 1) {
     for (size_t i = 0; i < pieces.size(); ++i) run(i);
     return;
   }
+  std::vector<int64_t> ends(pieces.size() + 1, 0);
+  for (size_t i = 0; i < pieces.size(); ++i) ends[i + 1] = ends[i] + pieces[i].size;
   const auto bound = [&](int64_t share) {
     return std::lower_bound(ends.begin(), ends.end(), total * share / threads) - ends.begin();
   };
@@ -68,10 +72,11 @@ void for_each_piece(const std::vector<Piece>& pieces, const F& run) {
 inline int64_t width_of(Dtype dtype) { return dtype == Dtype::f64 ? 8 : dtype == Dtype::f32 ? 4 : 2; }
 
 inline void* offset(void* start, int64_t bytes) { return start ? static_cast<char*>(start) + bytes : nullptr; }
+inline const void* offset(const void* start, int64_t bytes) {
+  return start ? static_cast<const char*>(start) + bytes : nullptr;
+}
 
-// Run a pass over all pieces. ``numbers`` are one for each tensor. What the pieces add to sums is returned in their
-// order,
-// ``terms`` numbers a piece.
+// Run a pass over all pieces. What the pieces add to sums is returned in their order, ``terms`` numbers a piece.
 template <class T, class Threads>
 std::vector<double> walk(ChunkFunction chunk_function, const Addresses& work, const std::vector<Constants<T>>& numbers,
                          const std::vector<Piece>& pieces, int terms) {
@@ -80,25 +85,26 @@ std::vector<double> walk(ChunkFunction chunk_function, const Addresses& work, co
   int64_t total = 0;
   for (const Piece& piece : pieces) total += piece.size;
   const bool streams = total >= Threads::kStreamed;
-  for_each_piece<Threads>(pieces, [&](int64_t i) {
+  for_each_piece<Threads>(pieces, total, [&](int64_t i) {
     const Piece& piece = pieces[i];
+    const Row& row = work.rows[piece.tensor];
     const int64_t in_tensor = piece.begin * width;
-    const int64_t in_buffer = (work.rows[piece.tensor].start + piece.begin) * int64_t(sizeof(T));
+    const int64_t in_buffer = (row.start + piece.begin) * int64_t(sizeof(T));
     Chunk c{};
     c.size = piece.size;
     c.streams = streams;
-    c.param = work.params.empty() ? nullptr : offset(work.params[piece.tensor], in_tensor);
-    c.grad = work.grads.empty() ? nullptr : offset(work.grads[piece.tensor], in_tensor);
+    c.param = offset(row.param, in_tensor);
+    c.grad = offset(row.grad, in_tensor);
     c.perturbed = offset(work.perturbed, in_buffer);
     c.slow = offset(work.slow, in_buffer);
     c.fast = offset(work.fast, in_buffer);
     c.fast_from = offset(work.fast_from, in_buffer);
     c.first = offset(work.first, in_buffer);
-    for (size_t s = 0; s < work.state.size(); ++s) {
+    for (int s = 0; s < work.states; ++s) {
       c.state[s] = offset(work.state[s], in_buffer);
       c.state_from[s] = offset(work.state_from[s], in_buffer);
     }
-    c.constants = &numbers[piece.tensor];
+    c.constants = &numbers[row.numbers];
     c.sums = sums.data() + i * terms;
     chunk_function(c);
   });

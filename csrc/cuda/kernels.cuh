@@ -223,11 +223,11 @@ Kernel find(Pass pass, Rule rule) {
   switch (rule) {
     case Rule::sgd:
       return find_descent<P, Sgd<T, 0>>(pass);
-    case Rule::sgd_momentum:
+    case Rule::momentum:
       return find_descent<P, Sgd<T, 1>>(pass);
     case Rule::adam:
       return find_descent<P, Adam<T, 0>>(pass);
-    case Rule::adam_amsgrad:
+    case Rule::amsgrad:
       return find_descent<P, Adam<T, 1>>(pass);
     default:
       return find_descent<P, NoRule<T>>(pass);

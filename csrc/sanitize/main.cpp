@@ -23,7 +23,7 @@ namespace {
 using Find = ChunkFunction (*)(const Variant&);
 
 struct Threads {
-  static constexpr int64_t kPerThread = 4096;
+  static constexpr int64_t kShared = 8192, kPerThread = 4096;
   static constexpr int64_t kStreamed = 3000;
   static int64_t limit;
   static int64_t count() { return limit; }
@@ -105,11 +105,11 @@ std::vector<char> pass(Find find, Variant variant, const std::vector<int64_t>& s
   Addresses work;
   int64_t end = 0;
   for (size_t t = 0; t < sizes.size(); ++t) {
-    rows.push_back({int64_t(t), end, sizes[t]});
+    rows.push_back({int64_t(t), end, sizes[t], 0, nullptr, nullptr, 0});
     const bool is_last = t + 1 == sizes.size();
     end += is_last ? sizes[t] : (sizes[t] + 15) / 16 * 16;
-    if (p != Pass::descend) work.params.push_back(block(sizes[t], width, t % 5));
-    if (p != Pass::interpolate && p != Pass::keep) work.grads.push_back(block(sizes[t], width, t % 3));
+    if (p != Pass::descend) rows.back().param = block(sizes[t], width, t % 5);
+    if (p != Pass::interpolate && p != Pass::keep) rows.back().grad = block(sizes[t], width, t % 3);
     counts.elements += sizes[t];
   }
   const auto buffer = [&] { return block(end, sizeof(T)); };
@@ -121,18 +121,18 @@ std::vector<char> pass(Find find, Variant variant, const std::vector<int64_t>& s
   if (keeps && !(variant.derives && apart)) work.fast = buffer();
   if (descends) work.fast_from = work.fast && !apart ? work.fast : buffer();
   if (p == Pass::descend_align && !variant.derives) work.first = apart ? buffer() : work.fast_from;
-  const int states = !descends                            ? 0
-                     : variant.rule == Rule::sgd_momentum ? 1
-                     : variant.rule == Rule::adam         ? 2
-                     : variant.rule == Rule::adam_amsgrad ? 3
-                                                          : 0;
-  for (int s = 0; s < states; ++s) work.state.push_back(buffer());
-  for (int s = 0; s < states; ++s) work.state_from.push_back(apart ? buffer() : work.state[s]);
+  const int states = descends ? extent_of(variant.rule).buffers : 0;
+  work.states = states;
+  for (int s = 0; s < states; ++s) work.state[s] = buffer();
+  for (int s = 0; s < states; ++s) work.state_from[s] = apart ? buffer() : work.state[s];
 
-  Constants<T> c{};
-  for (int i = 0; i < 10; ++i) c.rule[i] = T(0.1 + 0.1 * i);
-  c.scale = T(0.5), c.factor = T(0.25), c.eta = T(0.01), c.alpha = T(apart ? 0.3 : 0.7);
-  const std::vector<Constants<T>> numbers(rows.size(), c);
+  std::vector<Constants<T>> numbers(2);  // every other tensor has the second of them
+  for (Row& row : rows) row.numbers = row.row % 2;
+  for (int n = 0; n < 2; ++n) {
+    Constants<T>& c = numbers[n];
+    for (int i = 0; i < 10; ++i) c.rule[i] = T(0.1 + 0.1 * i + 0.05 * n);
+    c.scale = T(0.5 + n), c.factor = T(0.25 + n), c.eta = T(0.01), c.alpha = T(apart ? 0.3 : 0.7);
+  }
   const int terms = p == Pass::reduce_sq_norm ? 2 : p == Pass::descend_align ? 3 : 0;
   Threads::limit = threads;
   const auto sums = walk<T, Threads>(find(variant), work, numbers, pieces_of(work.rows, work.count), terms);
@@ -162,7 +162,7 @@ void all_sizes(Find find, const Variant& variant, Counts& counts) {
 
 void all_variants(Find find, Counts& counts) {
   using R = Rule;
-  const R descents[] = {R::none, R::sgd, R::sgd_momentum, R::adam, R::adam_amsgrad}, no_descent[] = {R::none};
+  const R descents[] = {R::none, R::sgd, R::momentum, R::adam, R::amsgrad}, no_descent[] = {R::none};
   for (Pass pass : {Pass::reduce_sq_norm, Pass::keep, Pass::ascend, Pass::descend, Pass::descend_ascend,
                     Pass::descend_interpolate, Pass::descend_align, Pass::interpolate}) {
     const bool descends = pass >= Pass::descend && pass != Pass::interpolate;

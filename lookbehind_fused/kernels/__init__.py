@@ -8,9 +8,10 @@ from types import ModuleType
 import torch
 
 from . import cuda, native, reference, triton
-from .schema import SCHEMAS, Flag
+from .contract import Flag, RuleId
+from .schema import SCHEMAS
 
-__all__ = ["BACKENDS", "SCHEMAS", "Flag", "resolve"]
+__all__ = ["BACKENDS", "SCHEMAS", "Flag", "RuleId", "resolve"]
 
 BACKENDS: dict[str, ModuleType] = {"reference": reference, "native": native, "triton": triton, "cuda": cuda}
 

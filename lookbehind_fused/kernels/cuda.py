@@ -6,12 +6,15 @@ They are in the library of the native backend where it was built with a CUDA too
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from . import device, native, ops
-from .schema import SCHEMAS
+from .schema import SCHEMAS, completed
 
 NAMESPACE = "lookbehind_fused_cuda"
 REMEDY = (
@@ -70,14 +73,23 @@ def _launch(name: str, plan: device.Plan, dtype: torch.dtype, arguments: dict[st
 
 
 _passes = device.Passes(_launch)
+_ops = ops.of(native.NAMESPACE)
 if unavailable is None:
     for _name in SCHEMAS:
         native._definitions.impl(_name, getattr(_passes, _name), "CUDA")
 
-reduce_sq_norm = ops.as_pass(native.NAMESPACE, "reduce_sq_norm", _passes.reduce_sq_norm)
-ascend = ops.as_pass(native.NAMESPACE, "ascend", _passes.ascend)
-descend = ops.as_pass(native.NAMESPACE, "descend", _passes.descend)
-descend_ascend = ops.as_pass(native.NAMESPACE, "descend_ascend", _passes.descend_ascend)
-descend_interpolate = ops.as_pass(native.NAMESPACE, "descend_interpolate", _passes.descend_interpolate)
-descend_align = ops.as_pass(native.NAMESPACE, "descend_align", _passes.descend_align)
-interpolate = ops.as_pass(native.NAMESPACE, "interpolate", _passes.interpolate)
+
+def bind(name: str, params: Sequence[Tensor], table: Tensor, arguments: Mapping[str, Any]) -> ops.Pass:
+    """The pass ``name``, to be called with the gradients (``interpolate`` ignores them)."""
+    params = list(params)
+    eagerly = partial(getattr(_passes, name), params)
+    return ops.bound(_ops[name], eagerly, params, completed(name, {**arguments, "table": table}))
+
+
+reduce_sq_norm = ops.by_keywords(bind, "reduce_sq_norm")
+ascend = ops.by_keywords(bind, "ascend")
+descend = ops.by_keywords(bind, "descend")
+descend_ascend = ops.by_keywords(bind, "descend_ascend")
+descend_interpolate = ops.by_keywords(bind, "descend_interpolate")
+descend_align = ops.by_keywords(bind, "descend_align")
+interpolate = ops.by_keywords(bind, "interpolate")

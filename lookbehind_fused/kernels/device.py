@@ -15,12 +15,9 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from .schema import ADDRESS, Flag
+from .contract import BUFFERS, Column, Flag, RuleId
 
 CHUNK = 4096  # elements of a program
-
-# The rules as the kernels count them, by name and number of buffers.
-RULES = {("none", 0): 0, ("sgd", 0): 1, ("sgd", 1): 2, ("adam", 2): 3, ("adam", 3): 4}
 
 # launch(kernel, plan, dtype, arguments): a kernel takes of the arguments those that it has. ``dtype`` is the
 # parameters'.
@@ -46,7 +43,7 @@ class Plan:
         number = torch.arange(len(tensor)) - (torch.cumsum(chunks_of, 0) - chunks_of)[tensor]
         self.programs = len(tensor)
         self.chunks = torch.stack([tensor, number], 1).to(torch.int32).to(self.device)
-        self.rows = torch.empty(count, ADDRESS + 1, dtype=torch.int64, device=self.device)
+        self.rows = torch.empty(count, Column.ADDRESS + 1, dtype=torch.int64, device=self.device)
         self.grads = torch.empty(count, dtype=torch.int64, device=self.device)
         self.partials = torch.empty(3 * self.programs, dtype=torch.float64, device=self.device)
         self.tensor_sums = torch.empty(3 * count, dtype=torch.float64, device=self.device)
@@ -65,7 +62,7 @@ class Plan:
             found = [p.numel() for p in params]
             raise RuntimeError(f"params: expected {self.sizes} elements as table has, got {found}")
         addresses = torch.tensor([p.data_ptr() for p in params], dtype=torch.int64)
-        self._upload(torch.cat([table[:, :ADDRESS], addresses[:, None]], 1), self.rows)
+        self._upload(torch.cat([table[:, : Column.ADDRESS], addresses[:, None]], 1), self.rows)
         self.strides = [p.stride() for p in params]
         self.elements, self.row_count = int((table[:, 1] + table[:, 2]).max()), int(table[:, 0].max()) + 1
         self.version = table._version
@@ -147,7 +144,7 @@ class Passes:
             return
         _reduce(self._call(params, grads, table), perturbed, hyper, flags, sq_norms, row)
 
-    def ascend(self, params, grads, perturbed, slow, table, sq_norms, row, hyper, flags) -> None:
+    def ascend(self, params, grads, perturbed, slow, table, sq_norms, row, hyper, flags, done) -> None:
         if not params:
             return
         call = self._call(params, grads, table)
@@ -176,8 +173,9 @@ class Passes:
         call.launch("descend_ascend", perturbed=perturbed, fast=fast, fast_from=_from(fast_from, fast), **descent)
 
     def descend_interpolate(
-        self, params, grads, slow, fast, state, state_from, steps, steps_from, table, sq_norms, hyper, rule, flags
-    ) -> None:
+        self, params, grads, slow, fast, state, state_from, steps, steps_from, table, sq_norms, hyper, rule, flags,
+        done,
+    ) -> None:  # fmt: skip
         if params:
             call = self._call(params, grads, table)
             descent = _descent(call.plan, state, state_from, steps, steps_from, sq_norms, hyper, rule, flags)
@@ -185,7 +183,7 @@ class Passes:
 
     def descend_align(
         self, params, grads, perturbed, slow, fast, first, state, state_from, steps, steps_from, table, sq_norms,
-        hyper, rule, flags, sums,
+        hyper, rule, flags, sums, done,
     ) -> None:  # fmt: skip
         if not params:
             if not flags & Flag.PER_TENSOR:
@@ -195,7 +193,7 @@ class Passes:
         descent = _descent(call.plan, state, state_from, steps, steps_from, sq_norms, hyper, rule, flags)
         call.launch("descend_align", sums, perturbed=perturbed, **_origin(slow, fast, flags), first=first, **descent)
 
-    def interpolate(self, params, perturbed, slow, table, sums, flags) -> None:
+    def interpolate(self, params, perturbed, slow, table, sums, flags, dtype) -> None:
         if params:
             given = {"sums": sums, "buckets": sums.size(0), "flags": int(flags)}
             self._call(params, None, table).launch("interpolate", perturbed=perturbed, slow=slow, **given)
@@ -221,8 +219,8 @@ def _norms(sq_norms: Tensor | None) -> dict[str, Any]:
 
 def _descent(plan, state, state_from, steps, steps_from, sq_norms, hyper, rule, flags) -> dict[str, Any]:
     """What every kernel that descends is given."""
-    if (rule, len(state)) not in RULES:
-        raise RuntimeError(f"rule, state: expected one of {[*RULES]}, got {rule!r} with {len(state)} buffers")
+    if len(state) != BUFFERS[RuleId(rule)]:
+        raise RuntimeError(f"state: expected {BUFFERS[RuleId(rule)]} buffers for {RuleId(rule).name}, got {len(state)}")
     if flags & Flag.SKIPS and sq_norms is None:
         raise RuntimeError("sq_norms: expected a tensor where non-finite gradients are skipped, got None")
     if steps_from is None:  # all programs of a tensor read what one of them writes
@@ -236,5 +234,5 @@ def _descent(plan, state, state_from, steps, steps_from, sq_norms, hyper, rule, 
         **_norms(sq_norms),
         "hyper": hyper,
         "flags": int(flags),
-        "rule": RULES[rule, len(state)],
+        "rule": int(rule),
     }

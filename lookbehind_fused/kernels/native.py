@@ -6,34 +6,53 @@ without a C++ compiler the package installs all the same, and ``unavailable`` sa
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import ops
-from .schema import ADDRESS, SCHEMAS
+from . import contract, ops
+from .contract import Column
+from .schema import completed
 
 NAMESPACE = "lookbehind_fused"
 LIBRARY = Path(__file__).parent.parent / "_native.abi3.so"
 REMEDY = "install a C++17 compiler (g++) and ninja, then install the package again with --no-build-isolation"
 DEVICES = "CPUs"
-SCALARS_ON_DEVICE = False  # hyper and steps are read by the host
+SCALARS_ON_DEVICE = False  # hyper, steps and done are in host memory
 
 _definitions = ops.define(NAMESPACE)
+_definitions.define("contract() -> str")
+_ops = ops.of(NAMESPACE)
 
 
 def _load() -> str | None:
-    """Load the library and return None, or why that is impossible."""
+    """Load the library and return None, or why that is impossible.
+
+    Raises:
+        RuntimeError: its sources were others than this package's.
+    """
     if not LIBRARY.exists():
         return f"{LIBRARY.name} was not built when the package was installed"
     try:
         torch.ops.load_library(str(LIBRARY))
     except OSError as error:
         return f"{LIBRARY.name} does not load with torch {torch.__version__}: {error}"
+    op = torch.ops.lookbehind_fused.contract.default
+    has_one = op.has_kernel_for_dispatch_key(torch._C.DispatchKey.CompositeExplicitAutograd)
+    different = _difference(op() if has_one else "")
+    if different:
+        raise RuntimeError(f"{LIBRARY} was built from other sources than this package's: {different}; build it again")
     return None
+
+
+def _difference(lines: str) -> str:
+    """What of a library's contract, a line "name value" for each entry, is not Python's; nothing if they agree."""
+    found = (line.rsplit(" ", 1) for line in lines.splitlines())
+    return contract.difference({name: int(value) for name, value in found})
 
 
 unavailable: str | None = _load()
@@ -49,28 +68,28 @@ def serves(device: torch.device) -> bool:
     return device.type == "cpu"
 
 
-def _by_address(name: str) -> Callable[..., None]:
-    """The op ``name`` without the list of parameters: a list of tensors costs the dispatcher more than a pass over
-    small ones, and ``table`` has their addresses.
+def bind(name: str, params: Sequence[Tensor], table: Tensor, arguments: Mapping[str, Any]) -> ops.Pass:
+    """The pass ``name``, to be called with the gradients (``interpolate`` ignores them).
+
+    Args:
+        name: one of ``schema.SCHEMAS``.
+        params, table: as there. Where ``table`` has addresses the op is not given the list of parameters: a list of
+            tensors costs the dispatcher more than a pass over small ones.
+        arguments: the others but ``grads``, by name.
     """
-    op = getattr(getattr(torch.ops, NAMESPACE), name).default
-    position = [argument.name for argument in op._schema.arguments].index("table")
-
-    def call(params: list[Tensor], grads: Any, *others: Any) -> None:
-        table = others[position - 2]
-        op([] if table.size(1) > ADDRESS else params, grads, *others)
-
-    return call
-
-
-def _pass(name: str) -> Callable[..., None]:
-    return ops.as_pass(NAMESPACE, name, _by_address(name) if "Tensor[] grads" in SCHEMAS[name] else None)
+    op, params = _ops[name], list(params)
+    if name == "interpolate":
+        arguments = {"dtype": params[0].dtype if params else None, **arguments}
+    by_address = table.size(1) > Column.ADDRESS
+    return ops.bound(
+        op, partial(op, [] if by_address else params), params, completed(name, {**arguments, "table": table})
+    )
 
 
-reduce_sq_norm = _pass("reduce_sq_norm")
-ascend = _pass("ascend")
-descend = _pass("descend")
-descend_ascend = _pass("descend_ascend")
-descend_interpolate = _pass("descend_interpolate")
-descend_align = _pass("descend_align")
-interpolate = _pass("interpolate")
+reduce_sq_norm = ops.by_keywords(bind, "reduce_sq_norm")
+ascend = ops.by_keywords(bind, "ascend")
+descend = ops.by_keywords(bind, "descend")
+descend_ascend = ops.by_keywords(bind, "descend_ascend")
+descend_interpolate = ops.by_keywords(bind, "descend_interpolate")
+descend_align = ops.by_keywords(bind, "descend_align")
+interpolate = ops.by_keywords(bind, "interpolate")

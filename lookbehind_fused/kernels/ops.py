@@ -5,7 +5,7 @@ Every backend's ops have the signatures of ``schema.SCHEMAS``, in a namespace of
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,12 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from .schema import SCHEMAS
+from .schema import ARGUMENTS, SCHEMAS, WRITTEN
+
+Pass = Callable[[Sequence[Tensor]], None]
+"""A pass that is bound to all its arguments but the gradients."""
+
+Bind = Callable[[str, Sequence[Tensor], Tensor, Mapping[str, Any]], Pass]
 
 
 def define(namespace: str) -> torch.library.Library:
@@ -25,31 +30,50 @@ def define(namespace: str) -> torch.library.Library:
     return library
 
 
-def as_pass(namespace: str, name: str, eagerly: Callable[..., None] | None = None) -> Callable[..., None]:
-    """The op ``name``, called with keywords, telling autograd of what it has written.
+def of(namespace: str) -> dict[str, Any]:
+    """The ops of a namespace by name."""
+    return {name: getattr(getattr(torch.ops, namespace), name).default for name in SCHEMAS}
 
-    ``eagerly``, called with the op's arguments in its place where nobody looks at what an op is given: neither the
-    compiler nor a dispatch mode.
+
+def bound(op: Any, eagerly: Callable[..., None], params: list[Tensor], given: Mapping[str, Any]) -> Pass:
+    """The op with all of its arguments but the gradients, telling autograd of what it has written.
+
+    Args:
+        op: of one of the schemas.
+        eagerly: called with all of the op's arguments but ``params``, in its place where nobody looks at what an op is
+            given: neither the compiler nor a dispatch mode.
+        params: the parameters.
+        given: the other arguments (``schema.completed``).
     """
-    op = getattr(getattr(torch.ops, namespace), name).default
-    names = [arg.name for arg in op._schema.arguments]
-    written = [arg.name for arg in op._schema.arguments if arg.alias_info is not None and arg.alias_info.is_write]
-    eagerly = eagerly or op
+    name = op._opname
+    takes_grads, rest = "grads" in ARGUMENTS[name], tuple(given.values())
+    written: list[Tensor] = []
+    for argument in WRITTEN[name]:
+        value = params if argument == "params" else given[argument]
+        written.extend([] if value is None else [value] if isinstance(value, Tensor) else value)
+    dtype = params[0].dtype if params else None
 
-    def call(**arguments: Any) -> None:
-        values = [arguments[argument] for argument in names]
+    def call(grads: Sequence[Tensor]) -> None:
+        values = (grads, *rest) if takes_grads else rest
         if torch.compiler.is_compiling():
-            op(*values)  # the compiler counts what a graph writes
+            op(params, *values)  # the compiler counts what a graph writes
             return
-        (op if is_in_torch_dispatch_mode() else eagerly)(*values)
-        changed: list[Tensor] = []
-        for argument in written:
-            value = arguments[argument]
-            if isinstance(value, Tensor):
-                changed.append(value)
-            elif value:
-                changed.extend(value)
-        increment_version(changed)
+        if takes_grads and grads and grads[0].dtype != dtype:
+            raise RuntimeError(f"grads: expected {dtype} as the parameters have, got {grads[0].dtype}")
+        if is_in_torch_dispatch_mode():
+            op(params, *values)
+        else:
+            eagerly(*values)
+        increment_version(written)
+
+    return call
+
+
+def by_keywords(bind: Bind, name: str) -> Callable[..., None]:
+    """The pass ``name`` of a backend as a function that is called once, with keywords."""
+
+    def call(*, params: Sequence[Tensor], table: Tensor, grads: Sequence[Tensor] = (), **arguments: Any) -> None:
+        bind(name, params, table, arguments)(grads)
 
     call.__name__ = call.__qualname__ = name
     return call

@@ -12,27 +12,33 @@ Algorithm 1 of Lookbehind (Mordido et al., ICML 2024), one outer step with the g
 Signatures and the meaning of the arguments: ``kernels.schema``. Every tensor is seen as a vector in memory order. A
 gradient that is None (this backend alone accepts it) stands for a tensor that the evaluation did not reach: it is
 neither ascended nor updated, but its values still move from ``*_from`` to where the next pass reads them.
+
+A pass computes first and writes last, all at once (``_Writes``).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .schema import ADDRESS, UNSCALE, Flag
+from . import ops
+from .contract import BUFFERS, NUMBERS, Column, Flag, Hyper, RuleId
+from .schema import ARGUMENTS, completed
 
 NORM_EPSILON = 1e-16  # added to the norm that an ascent divides by
 CLIP_EPSILON = 1e-6  # added to the norm that clipping divides by, as torch.nn.utils.clip_grad_norm_ does
 SUM_CHUNK = 16384  # below the size from which torch splits a sum over threads: the order of a sum never changes
 
 Gradients = Sequence[Tensor | None]
+Numbers = Mapping[str, float]  # a rule's own, by the names in ``contract.NUMBERS``
 
 REMEDY = ""
 DEVICES = "any device"
-SCALARS_ON_DEVICE = False  # hyper and steps are read by the host
+SCALARS_ON_DEVICE = False  # hyper, steps and done are in host memory
 
 
 def why_not() -> str | None:
@@ -43,6 +49,47 @@ def why_not() -> str | None:
 def serves(device: torch.device) -> bool:
     """Any device that PyTorch has."""
     return True
+
+
+def bind(name: str, params: Sequence[Tensor], table: Tensor, arguments: Mapping[str, Any]) -> ops.Pass:
+    """The pass ``name``, to be called with the gradients (``interpolate`` ignores them).
+
+    Args:
+        name: one of ``schema.SCHEMAS``.
+        params, table: as there.
+        arguments: the others but ``grads``, by name.
+    """
+    run, takes_grads = globals()[name], "grads" in ARGUMENTS[name]
+    given = {"params": list(params), **completed(name, {**arguments, "table": table})}
+    return lambda grads: run(**given, grads=grads) if takes_grads else run(**given)
+
+
+class _Writes:
+    """What a pass is to write, and where. It is written by one call at the pass's end: whatever a signal's handler
+    raises is raised before all of it or after.
+    """
+
+    def __init__(self) -> None:
+        self.targets: list[Tensor] = []
+        self.values: list[Tensor] = []
+
+    def add(self, target: Tensor, value: Tensor) -> None:
+        """``value`` shares no memory with what another target is."""
+        self.targets.append(target)
+        self.values.append(value)
+
+    def add_weights(self, weights: Tensor, param: Tensor, perturbed: Tensor | None, span: slice) -> None:
+        """New weights go into the parameter, rounded to its dtype, and unrounded into ``perturbed`` where it is."""
+        if perturbed is not None:
+            self.add(perturbed[span], weights)
+        self.add(vector(param), weights)
+
+    def write(self, done: Tensor | None = None) -> None:
+        """Write everything, and 1 to ``done``."""
+        if done is not None:
+            self.add(done, torch.ones_like(done))
+        if self.targets:
+            torch._foreach_copy_(self.targets, self.values)
 
 
 # ---- passes ----------------------------------------------------------------------------------------------------------
@@ -58,17 +105,12 @@ def reduce_sq_norm(
     sq_norms: Tensor,
     row: int,
 ) -> None:
-    """``sq_norms[row]`` = the sums of squares of T g (equation 7 of ASAM, Kwon et al. 2021) and of g."""
-    _, eta, *_ = hyper.tolist()
-    squares = []
-    for param, grad, (_, span) in zip(params, grads, _rows(table), strict=True):
-        weights = vector(param) if perturbed is None else perturbed[span]
-        g = _gradient(grad, param)
-        scaled = plain = ordered_sum(g.double().square())
-        if flags & Flag.ADAPTIVE:
-            scaled = ordered_sum((_scaling(weights.to(g.dtype), eta) * g).double().square())
-        squares.append(torch.stack([scaled, plain]))
-    sq_norms[row].copy_(torch.stack(squares).sum(0))
+    """``sq_norms[row] = (||T g||^2, ||g||^2)``: the sums of squares of T g (equation 7 of ASAM, Kwon et al. 2021) and
+    of g.
+    """
+    writes = _Writes()
+    _reduced(writes, params, grads, perturbed, table, hyper, flags, sq_norms, row)
+    writes.write()
 
 
 def ascend(
@@ -81,23 +123,15 @@ def ascend(
     row: int,
     hyper: Tensor,
     flags: int,
+    done: Tensor | None = None,
 ) -> None:
     """``perturbed += rho * T^2 g / (||T g|| + 1e-16)``. The first ascent of a step keeps the weights in ``slow``."""
-    for number, (param, (_, span)) in enumerate(zip(params, _rows(table), strict=True)):  # before anything is written
-        if param.numel() != span.stop - span.start:
-            raise RuntimeError(
-                f"params: tensor {number} has {param.numel()} elements, expected {span.stop - span.start}"
-            )
+    writes = _Writes()
     if row >= 0:
-        reduce_sq_norm(params, grads, None if slow is not None else perturbed, table, hyper, flags, sq_norms, row)
-    for param, grad, (_, span) in zip(params, grads, _rows(table), strict=True):
-        if slow is None:
-            weights = vector(param) if perturbed is None else perturbed[span]
-        else:
-            weights = slow[span].copy_(vector(param))
-        if grad is not None:
-            weights = _ascended(weights, _gradient(grad, param), sq_norms, hyper, flags)
-        _store(weights, param, perturbed, span)
+        unrounded = None if slow is not None else perturbed
+        sq_norms = _reduced(writes, params, grads, unrounded, table, hyper, flags, sq_norms, row)
+    _ascend(writes, params, grads, perturbed, slow, table, sq_norms, hyper, flags)
+    writes.write(done)
 
 
 def descend(
@@ -112,15 +146,14 @@ def descend(
     table: Tensor,
     sq_norms: Tensor | None,
     hyper: Tensor,
-    rule: str,
+    rule: int,
     flags: int,
 ) -> None:
     """``fast = base_optimizer(fast, g)``, alone: the 2k form, where another evaluation comes before the next ascent."""
-    descent = _Descent(state, state_from, steps, steps_from, sq_norms, hyper, rule, flags)
-    for param, grad, (row, span) in zip(params, grads, _rows(table), strict=True):
-        _, moved = descent(_other(fast_from, fast)[span], param, grad, row, span)
-        if fast is not None:
-            fast[span].copy_(moved)
+    writes = _Writes()
+    descent = _Descent(writes, state, state_from, steps, steps_from, sq_norms, hyper, rule, flags)
+    _descend(writes, params, grads, fast, fast_from, table, descent)
+    writes.write()
 
 
 def descend_ascend(
@@ -137,14 +170,17 @@ def descend_ascend(
     sq_norms: Tensor,
     row: int,
     hyper: Tensor,
-    rule: str,
+    rule: int,
     flags: int,
 ) -> None:
     """``fast = base_optimizer(fast, g)``, then the next ascent of ``perturbed``: the same g is reused."""
+    writes = _Writes()
     if row >= 0:
-        reduce_sq_norm(params, grads, perturbed, table, hyper, flags, sq_norms, row)
-    descend(params, grads, fast, fast_from, state, state_from, steps, steps_from, table, sq_norms, hyper, rule, flags)
-    ascend(params, grads, perturbed, None, table, sq_norms, -1, hyper, flags)
+        sq_norms = _reduced(writes, params, grads, perturbed, table, hyper, flags, sq_norms, row)
+    descent = _Descent(writes, state, state_from, steps, steps_from, sq_norms, hyper, rule, flags)
+    _descend(writes, params, grads, fast, fast_from, table, descent)
+    _ascend(writes, params, grads, perturbed, None, table, sq_norms, hyper, flags)
+    writes.write()
 
 
 def descend_interpolate(
@@ -159,15 +195,18 @@ def descend_interpolate(
     table: Tensor,
     sq_norms: Tensor | None,
     hyper: Tensor,
-    rule: str,
+    rule: int,
     flags: int,
+    done: Tensor | None = None,
 ) -> None:
     """The last descent, then ``params = slow + alpha * (fast - slow)`` with the static alpha. ``fast`` is only read."""
-    _, _, alpha, *_ = hyper.tolist()
-    descent = _Descent(state, state_from, steps, steps_from, sq_norms, hyper, rule, flags)
-    for param, grad, (row, span) in zip(params, grads, _rows(table), strict=True):
-        _, last = descent(fast[span], param, grad, row, span)
-        vector(param).copy_(torch.lerp(slow[span], last, alpha))
+    writes = _Writes()
+    descent = _Descent(writes, state, state_from, steps, steps_from, sq_norms, hyper, rule, flags)
+    for param, grad, place in zip(params, grads, _places(params, table), strict=True):
+        _, last = descent(fast[place.span], param, grad, place)
+        alpha = descent.numbers[place.group][Hyper.ALPHA]
+        writes.add(vector(param), torch.lerp(slow[place.span], last, alpha))
+    writes.write(done)
 
 
 def descend_align(
@@ -184,45 +223,129 @@ def descend_align(
     table: Tensor,
     sq_norms: Tensor | None,
     hyper: Tensor,
-    rule: str,
+    rule: int,
     flags: int,
     sums: Tensor,
+    done: Tensor | None = None,
 ) -> None:
     """The last descent, which leaves fast_k where the perturbed weights were, and the three sums that alpha* is made
     of.
 
     ``fast`` and ``first`` (fast_1) are only read. ``first`` is None for k = 2: fast_1 is what this descent moves.
     """
-    descent = _Descent(state, state_from, steps, steps_from, sq_norms, hyper, rule, flags)
+    writes = _Writes()
+    descent = _Descent(writes, state, state_from, steps, steps_from, sq_norms, hyper, rule, flags)
     by_tensor = []
-    for param, grad, (row, span) in zip(params, grads, _rows(table), strict=True):
-        before, last = descent(fast[span], param, grad, row, span)
-        fast_1 = before if first is None else first[span]
-        by_tensor.append(alignment(fast_1 - slow[span], last - slow[span]))
-        _store(last, param, perturbed, span)
-    if flags & Flag.PER_TENSOR:
-        sums[[row for row, _ in _rows(table)]] = torch.stack(by_tensor)
-    else:
-        sums.copy_(torch.stack(by_tensor).sum(0, keepdim=True))
+    for param, grad, place in zip(params, grads, _places(params, table), strict=True):
+        before, last = descent(fast[place.span], param, grad, place)
+        fast_1 = before if first is None else first[place.span]
+        own = alignment(fast_1 - slow[place.span], last - slow[place.span])
+        writes.add_weights(last, param, perturbed, place.span)
+        if flags & Flag.PER_TENSOR:
+            writes.add(sums[place.row], own)
+        by_tensor.append(own)
+    if not flags & Flag.PER_TENSOR:
+        writes.add(sums, torch.stack(by_tensor).sum(0, keepdim=True) if by_tensor else torch.zeros_like(sums))
+    writes.write(done)
 
 
 def interpolate(
-    params: Sequence[Tensor], perturbed: Tensor | None, slow: Tensor, table: Tensor, sums: Tensor, flags: int
+    params: Sequence[Tensor],
+    perturbed: Tensor | None,
+    slow: Tensor,
+    table: Tensor,
+    sums: Tensor,
+    flags: int,
+    dtype: torch.dtype | None = None,
 ) -> None:
     """``params = slow + alpha* (fast_k - slow)``: fast_k is what ``descend_align`` left, alpha* comes from ``sums``."""
+    writes = _Writes()
     alpha = adaptive_alpha(sums if flags & Flag.PER_TENSOR else sums.sum(0))
-    for param, (row, span) in zip(params, _rows(table), strict=True):
-        fast = vector(param) if perturbed is None else perturbed[span]
-        weight = alpha[row] if flags & Flag.PER_TENSOR else alpha
-        vector(param).copy_(torch.lerp(slow[span], fast, weight.to(slow.dtype)))
+    for param, place in zip(params, _places(params, table), strict=True):
+        if dtype not in (None, param.dtype):
+            raise TypeError(f"params: expected {dtype} as the argument dtype says, got {param.dtype}")
+        fast = vector(param) if perturbed is None else perturbed[place.span]
+        weight = alpha[place.row] if flags & Flag.PER_TENSOR else alpha
+        writes.add(vector(param), torch.lerp(slow[place.span], fast, weight.to(slow.dtype)))
+    writes.write()
+
+
+# ---- their halves ----------------------------------------------------------------------------------------------------
+
+
+def _reduced(
+    writes: _Writes,
+    params: Sequence[Tensor],
+    grads: Gradients,
+    perturbed: Tensor | None,
+    table: Tensor,
+    hyper: Tensor,
+    flags: int,
+    sq_norms: Tensor,
+    row: int,
+) -> Tensor:
+    """``sq_norms`` as they will be when row ``row`` is written."""
+    squares = []
+    for param, grad, place in zip(params, grads, _places(params, table), strict=True):
+        weights = vector(param) if perturbed is None else perturbed[place.span]
+        g = _gradient(grad, param)
+        scaled = plain = ordered_sum(g.double().square())
+        if flags & Flag.ADAPTIVE:
+            eta = hyper[place.group, Hyper.ETA].item()
+            scaled = ordered_sum((_scaling(weights.to(g.dtype), eta) * g).double().square())
+        squares.append(torch.stack([scaled, plain]))
+    of_bucket = torch.stack(squares).sum(0) if squares else torch.zeros_like(sq_norms[row])
+    writes.add(sq_norms[row], of_bucket)
+    filled = sq_norms.clone()
+    filled[row] = of_bucket
+    return filled
+
+
+def _ascend(
+    writes: _Writes,
+    params: Sequence[Tensor],
+    grads: Gradients,
+    perturbed: Tensor | None,
+    slow: Tensor | None,
+    table: Tensor,
+    sq_norms: Tensor,
+    hyper: Tensor,
+    flags: int,
+) -> None:
+    numbers = hyper.tolist()
+    for param, grad, place in zip(params, grads, _places(params, table), strict=True):
+        if slow is None:
+            weights = vector(param) if perturbed is None else perturbed[place.span]
+        else:
+            weights = vector(param).to(slow.dtype, copy=True)
+            writes.add(slow[place.span], weights)
+        if grad is not None:
+            rho, eta = numbers[place.group][Hyper.RHO], numbers[place.group][Hyper.ETA]
+            weights = _ascended(weights, _gradient(grad, param), sq_norms, rho, eta, flags)
+        writes.add_weights(weights, param, perturbed, place.span)
+
+
+def _descend(
+    writes: _Writes,
+    params: Sequence[Tensor],
+    grads: Gradients,
+    fast: Tensor | None,
+    fast_from: Tensor | None,
+    table: Tensor,
+    descent: _Descent,
+) -> None:
+    for param, grad, place in zip(params, grads, _places(params, table), strict=True):
+        _, moved = descent(_other(fast_from, fast)[place.span], param, grad, place)
+        if fast is not None:
+            writes.add(fast[place.span], moved)
 
 
 # ---- update rules: base_optimizer(fast, g) ---------------------------------------------------------------------------
 
 
-def sgd(w: Tensor, g: Tensor, state: Sequence[Tensor], step: int, hyper: Sequence[float], flags: int):
+def sgd(w: Tensor, g: Tensor, state: Sequence[Tensor], step: int, hyper: Numbers, flags: int):
     """torch.optim.SGD. ``step`` counts this tensor's updates from 1; at the first the momentum is the gradient."""
-    lr, momentum, dampening, weight_decay = hyper
+    lr, momentum, weight_decay = hyper["lr"], hyper["momentum"], hyper["weight_decay"]
     if flags & Flag.MAXIMIZE:
         g = -g
     if weight_decay:
@@ -230,21 +353,20 @@ def sgd(w: Tensor, g: Tensor, state: Sequence[Tensor], step: int, hyper: Sequenc
     if not state:
         return w.add(g, alpha=-lr), state
     (momentum_buffer,) = state
-    momentum_buffer = g if step == 1 else (momentum_buffer * momentum).add(g, alpha=1 - dampening)
+    momentum_buffer = g if step == 1 else (momentum_buffer * momentum).add(g, alpha=1 - hyper["dampening"])
     if flags & Flag.NESTEROV:
         return w.add(g.add(momentum_buffer, alpha=momentum), alpha=-lr), (momentum_buffer,)
     return sgd_by_state(w, (momentum_buffer,), step, hyper, flags), (momentum_buffer,)
 
 
-def sgd_by_state(w: Tensor, state: Sequence[Tensor], step: int, hyper: Sequence[float], flags: int) -> Tensor:
+def sgd_by_state(w: Tensor, state: Sequence[Tensor], step: int, hyper: Numbers, flags: int) -> Tensor:
     """What an update with momentum, not Nesterov's, makes of the weights when it has left ``state``."""
-    lr, *_ = hyper
-    return w.add(state[0], alpha=-lr)
+    return w.add(state[0], alpha=-hyper["lr"])
 
 
-def adam(w: Tensor, g: Tensor, state: Sequence[Tensor], step: int, hyper: Sequence[float], flags: int):
+def adam(w: Tensor, g: Tensor, state: Sequence[Tensor], step: int, hyper: Numbers, flags: int):
     """torch.optim.Adam (Kingma and Ba 2015, algorithm 1) and AdamW (Loshchilov and Hutter 2019)."""
-    _, beta1, beta2, _, weight_decay = hyper
+    beta1, beta2, weight_decay = hyper["beta1"], hyper["beta2"], hyper["weight_decay"]
     if flags & Flag.MAXIMIZE:
         g = -g
     if weight_decay and not flags & Flag.DECOUPLED:
@@ -252,56 +374,81 @@ def adam(w: Tensor, g: Tensor, state: Sequence[Tensor], step: int, hyper: Sequen
     exp_avg, exp_avg_sq, *max_exp_avg_sq = state
     exp_avg = exp_avg.lerp(g, 1 - beta1)
     exp_avg_sq = (exp_avg_sq * beta2).addcmul(g, g, value=1 - beta2)
-    if flags & Flag.AMSGRAD:
-        max_exp_avg_sq = [torch.maximum(*max_exp_avg_sq, exp_avg_sq)]
+    max_exp_avg_sq = [torch.maximum(largest, exp_avg_sq) for largest in max_exp_avg_sq]  # of AMSGrad, the third buffer
     state = (exp_avg, exp_avg_sq, *max_exp_avg_sq)
     return adam_by_state(w, state, step, hyper, flags), state
 
 
-def adam_by_state(w: Tensor, state: Sequence[Tensor], step: int, hyper: Sequence[float], flags: int) -> Tensor:
+def adam_by_state(w: Tensor, state: Sequence[Tensor], step: int, hyper: Numbers, flags: int) -> Tensor:
     """What update number ``step`` makes of the weights when it has left ``state``; its last entry is the second moment
     that is divided by.
     """
-    lr, beta1, beta2, eps, weight_decay = hyper
+    lr, beta1, beta2, weight_decay = hyper["lr"], hyper["beta1"], hyper["beta2"], hyper["weight_decay"]
     if weight_decay and flags & Flag.DECOUPLED:
         w = w * (1 - lr * weight_decay)
-    denominator = (state[-1].sqrt() / (1 - beta2**step) ** 0.5).add(eps)
+    denominator = (state[-1].sqrt() / (1 - beta2**step) ** 0.5).add(hyper["eps"])
     return w.addcdiv(state[0], denominator, value=-lr / (1 - beta1**step))
 
 
-def none(w: Tensor, g: Tensor, state: Sequence[Tensor], step: int, hyper: Sequence[float], flags: int):
+def none(w: Tensor, g: Tensor, state: Sequence[Tensor], step: int, hyper: Numbers, flags: int):
     """The base optimizer is not fused: its own ``step()`` has moved ``fast`` already."""
     return w, state
 
 
-RULES = {"sgd": sgd, "adam": adam, "none": none}
-BY_STATE = {"sgd": sgd_by_state, "adam": adam_by_state}
+RULES = {RuleId.NONE: none, RuleId.SGD: sgd, RuleId.MOMENTUM: sgd, RuleId.ADAM: adam, RuleId.AMSGRAD: adam}
+BY_STATE = {RuleId.MOMENTUM: sgd_by_state, RuleId.ADAM: adam_by_state, RuleId.AMSGRAD: adam_by_state}
 
 
 class _Descent:
     """``base_optimizer(fast, g)`` for one tensor after another, with its state read and written."""
 
-    def __init__(self, state, state_from, steps, steps_from, sq_norms, hyper, rule, flags) -> None:
-        _, _, _, max_grad_norm, unscale, *self.hyper = hyper.tolist()
-        most = None if sq_norms is None or math.isinf(max_grad_norm) else max_grad_norm
-        self.rule, self.flags = RULES[rule], flags
-        self.derive = BY_STATE[rule] if flags & Flag.DERIVES else None
+    def __init__(
+        self,
+        writes: _Writes,
+        state: Sequence[Tensor],
+        state_from: Sequence[Tensor],
+        steps: Tensor,
+        steps_from: Tensor | None,
+        sq_norms: Tensor | None,
+        hyper: Tensor,
+        rule: int,
+        flags: int,
+    ) -> None:
+        buffers, names = BUFFERS[RuleId(rule)], NUMBERS[RuleId(rule)]
+        if len(state) != buffers or len(state_from) not in (0, buffers):
+            raise RuntimeError(
+                f"state, state_from: expected {buffers} buffers for {RuleId(rule).name}, got {len(state)} and "
+                f"{len(state_from)}"
+            )
+        if hyper.size(1) < Hyper.OF_RULE + len(names):
+            raise RuntimeError(f"hyper: expected {Hyper.OF_RULE + len(names)} numbers a group, got {hyper.size(1)}")
+        self.writes, self.rule, self.flags = writes, RULES[RuleId(rule)], flags
+        self.derive = BY_STATE[RuleId(rule)] if flags & Flag.DERIVES else None
         self.state, self.state_from = state, state_from or state
         self.steps, self.steps_from = steps, _other(steps_from, steps)
-        self.scale = gradient_scale(sq_norms, most, None if unscale == 1 else hyper[UNSCALE])
+        self.numbers = hyper.tolist()
+        self.own = [dict(zip(names, numbers[Hyper.OF_RULE :], strict=False)) for numbers in self.numbers]
+        self.scales = [self._scale(sq_norms, group) for group in hyper]
         self.moves = finite(sq_norms) if flags & Flag.SKIPS else None
 
-    def __call__(self, fast: Tensor, param: Tensor, grad: Tensor | None, row: int, span: slice):
+    @staticmethod
+    def _scale(sq_norms: Tensor | None, group: Tensor) -> Tensor | None:
+        max_grad_norm, unscale = group[Hyper.MAX_GRAD_NORM].item(), group[Hyper.UNSCALE]
+        most = None if sq_norms is None or math.isinf(max_grad_norm) else max_grad_norm
+        return gradient_scale(sq_norms, most, None if unscale == 1 else unscale)
+
+    def __call__(self, fast: Tensor, param: Tensor, grad: Tensor | None, place: _Place):
         """The fast weights before and after."""
-        old = [buffer[span] for buffer in self.state_from]
-        step = self.steps_from[row]
+        old = [buffer[place.span] for buffer in self.state_from]
+        step, hyper = self.steps_from[place.row], self.own[place.group]
         if self.derive is not None:
-            fast = self.derive(fast, old, int(step), self.hyper, self.flags)
+            fast = self.derive(fast, old, int(step), hyper, self.flags)
         if grad is None:
             moved, new = fast, old
         else:
-            g = _gradient(grad, param) if self.scale is None else _gradient(grad, param) * self.scale
-            moved, new = self.rule(fast, g, old, int(step) + 1, self.hyper, self.flags)
+            scale = self.scales[place.group]
+            g = _gradient(grad, param) if scale is None else _gradient(grad, param) * scale
+            moved, new = self.rule(fast, g, old, int(step) + 1, hyper, self.flags)
             if self.moves is None:
                 step = step + 1
             else:
@@ -309,8 +456,8 @@ class _Descent:
                 moved = torch.where(self.moves, moved, fast)
                 new = [torch.where(self.moves, *pair) for pair in zip(new, old, strict=True)]
         for buffer, value in zip(self.state, new, strict=True):
-            buffer[span].copy_(value)
-        self.steps[row] = step
+            self.writes.add(buffer[place.span], value)
+        self.writes.add(self.steps[place.row], step)
         return fast, moved
 
 
@@ -367,8 +514,7 @@ def _scaling(weights: Tensor, eta: float) -> Tensor:
     return weights.abs() + eta
 
 
-def _ascended(weights: Tensor, g: Tensor, sq_norms: Tensor, hyper: Tensor, flags: int) -> Tensor:
-    rho, eta, *_ = hyper.tolist()
+def _ascended(weights: Tensor, g: Tensor, sq_norms: Tensor, rho: float, eta: float, flags: int) -> Tensor:
     if flags & Flag.ADAPTIVE:
         g = _scaling(weights, eta).square() * g
     ascended = weights + g * (rho / (total_norm(sq_norms) + NORM_EPSILON))
@@ -383,10 +529,20 @@ def vector(x: Tensor) -> Tensor:
     return x.detach().as_strided((x.numel(),), (1,))
 
 
-def _rows(table: Tensor) -> Iterator[tuple[int, slice]]:
-    """Each tensor's row in ``steps`` and ``sums`` and its slice of the flat buffers."""
-    for row, start, size in table[:, :ADDRESS].tolist():
-        yield row, slice(start, start + size)
+class _Place(NamedTuple):
+    """A tensor's row in ``steps`` and ``sums``, its slice of the flat buffers, its row in ``hyper``."""
+
+    row: int
+    span: slice
+    group: int
+
+
+def _places(params: Sequence[Tensor], table: Tensor) -> Iterator[_Place]:
+    for number, (param, columns) in enumerate(zip(params, table.tolist(), strict=True)):
+        start, size = columns[Column.START], columns[Column.SIZE]
+        if param.numel() != size:
+            raise RuntimeError(f"params: tensor {number} has {param.numel()} elements, expected {size}")
+        yield _Place(columns[Column.ROW], slice(start, start + size), columns[Column.GROUP])
 
 
 def _gradient(grad: Tensor, param: Tensor) -> Tensor:
@@ -400,10 +556,3 @@ def _gradient(grad: Tensor, param: Tensor) -> Tensor:
 
 def _other(source: Tensor | None, target: Tensor | None) -> Tensor | None:
     return target if source is None else source
-
-
-def _store(weights: Tensor, param: Tensor, perturbed: Tensor | None, span: slice) -> None:
-    """New weights go into the parameter, rounded to its dtype, and unrounded into ``perturbed`` where there is one."""
-    if perturbed is not None:
-        perturbed[span].copy_(weights)
-    vector(param).copy_(weights)

@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from . import device, ops
-from .schema import SCHEMAS, Flag
+from .contract import Flag
+from .schema import SCHEMAS, completed
 
 NAMESPACE = "lookbehind_fused_triton"
 REMEDY = "install triton, or a PyTorch built for the GPU, which comes with it"
@@ -21,6 +25,7 @@ DEVICES = "GPUs"
 SCALARS_ON_DEVICE = True  # hyper and steps are read by the kernels
 
 _definitions = ops.define(NAMESPACE)
+_ops = ops.of(NAMESPACE)
 
 
 def why_not() -> str | None:
@@ -73,10 +78,18 @@ for _name in SCHEMAS:
     for _key in ("CUDA", "CPU"):  # CPU: the interpreter
         _definitions.impl(_name, getattr(_passes, _name), _key)
 
-reduce_sq_norm = ops.as_pass(NAMESPACE, "reduce_sq_norm", _passes.reduce_sq_norm)
-ascend = ops.as_pass(NAMESPACE, "ascend", _passes.ascend)
-descend = ops.as_pass(NAMESPACE, "descend", _passes.descend)
-descend_ascend = ops.as_pass(NAMESPACE, "descend_ascend", _passes.descend_ascend)
-descend_interpolate = ops.as_pass(NAMESPACE, "descend_interpolate", _passes.descend_interpolate)
-descend_align = ops.as_pass(NAMESPACE, "descend_align", _passes.descend_align)
-interpolate = ops.as_pass(NAMESPACE, "interpolate", _passes.interpolate)
+
+def bind(name: str, params: Sequence[Tensor], table: Tensor, arguments: Mapping[str, Any]) -> ops.Pass:
+    """The pass ``name``, to be called with the gradients (``interpolate`` ignores them)."""
+    params = list(params)
+    eagerly = partial(getattr(_passes, name), params)
+    return ops.bound(_ops[name], eagerly, params, completed(name, {**arguments, "table": table}))
+
+
+reduce_sq_norm = ops.by_keywords(bind, "reduce_sq_norm")
+ascend = ops.by_keywords(bind, "ascend")
+descend = ops.by_keywords(bind, "descend")
+descend_ascend = ops.by_keywords(bind, "descend_ascend")
+descend_interpolate = ops.by_keywords(bind, "descend_interpolate")
+descend_align = ops.by_keywords(bind, "descend_align")
+interpolate = ops.by_keywords(bind, "interpolate")

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from . import device
-from .schema import Flag
+from .contract import Flag
 
 CHUNK = tl.constexpr(device.CHUNK)  # elements of a program
 THREADS = tl.constexpr(256)

@@ -10,34 +10,35 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lookbehind_fused.kernels import SCHEMAS, Flag, native, reference
-from lookbehind_fused.kernels.schema import ADDRESS, tensor_table
+from lookbehind_fused.kernels import SCHEMAS, Flag, RuleId, contract, native, reference
+from lookbehind_fused.kernels.contract import Column
+from lookbehind_fused.kernels.schema import ARGUMENTS, WRITTEN, tensor_table
 from tests.conftest import LOW_PRECISION, assert_equal, dense, scaled_error
 
 OPS = {name: getattr(torch.ops.lookbehind_fused, name).default for name in SCHEMAS}
-ARGUMENTS = {name: [a.name for a in op._schema.arguments] for name, op in OPS.items()}
-WRITTEN = {
-    name: [a.name for a in op._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
-    for name, op in OPS.items()
-}
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 # Of one pass: eight roundings of a number of the size of one. Whole steps have the issue's 2e-6 and 1e-12 elsewhere.
 TOLERANCE = {torch.float64: 1e-15, torch.float32: 5e-7, torch.bfloat16: 5e-7, torch.float16: 5e-7}
 
-# name: rule, buffers of its state, flags; hyperparameters none of which is at its default
+# name: rule, flags
 RULES = {
-    "none": ("none", 0, 0),
-    "sgd": ("sgd", 0, 0),
-    "sgd-maximize": ("sgd", 0, Flag.MAXIMIZE),
-    "momentum": ("sgd", 1, 0),
-    "nesterov": ("sgd", 1, Flag.NESTEROV | Flag.MAXIMIZE),
-    "adam": ("adam", 2, 0),
-    "adam-amsgrad": ("adam", 3, Flag.AMSGRAD | Flag.MAXIMIZE),
-    "adamw": ("adam", 2, Flag.DECOUPLED),
-    "adamw-amsgrad": ("adam", 3, Flag.AMSGRAD | Flag.DECOUPLED),
+    "none": (RuleId.NONE, 0),
+    "sgd": (RuleId.SGD, 0),
+    "sgd-maximize": (RuleId.SGD, Flag.MAXIMIZE),
+    "momentum": (RuleId.MOMENTUM, 0),
+    "nesterov": (RuleId.MOMENTUM, Flag.NESTEROV | Flag.MAXIMIZE),
+    "adam": (RuleId.ADAM, 0),
+    "adam-amsgrad": (RuleId.AMSGRAD, Flag.MAXIMIZE),
+    "adamw": (RuleId.ADAM, Flag.DECOUPLED),
+    "adamw-amsgrad": (RuleId.AMSGRAD, Flag.DECOUPLED),
 }
-DERIVABLE = [rule for rule, (_, states, flags) in RULES.items() if states and not flags & Flag.NESTEROV]
-HYPER = {"none": [], "sgd": [0.11, 0.8, 0.3, 0.02], "adam": [0.013, 0.8, 0.97, 1e-3, 0.05]}
+DERIVABLE = [rule for rule, (number, flags) in RULES.items() if contract.BUFFERS[number] and not flags & Flag.NESTEROV]
+# Hyperparameters of two groups, none at its default. Adam's moments are interpolated from either end: beta1 < 1/2.
+COMMON = [(0.3, 0.03, 0.3, 1.5, 0.75), (0.2, 0.05, 0.6, 1.1, 0.5)]  # rho, eta, alpha, max_grad_norm, unscale
+OWN = [
+    {"lr": 0.11, "momentum": 0.8, "dampening": 0.3, "weight_decay": 0.02, "beta1": 0.8, "beta2": 0.97, "eps": 1e-3},
+    {"lr": 0.17, "momentum": 0.7, "dampening": 0.2, "weight_decay": 0.05, "beta1": 0.4, "beta2": 0.96, "eps": 2e-3},
+]
 BUFFERS = {"perturbed", "slow", "fast", "fast_from", "first", "state", "state_from"}
 SIZES = [7, 1, 0, 130, 16_385, 33, 512, 1000]
 DESCENTS = [name for name in SCHEMAS if name.startswith("descend")]
@@ -84,11 +85,12 @@ class Case:
             self.spans.append(slice(start, start + torch.Size(shape).numel()))
             start += -(-torch.Size(shape).numel() // unit) * unit
         self.size = start + 5
-        rule_name, states, own_flags = RULES[rule]
-        table = [[count - 1 - t, span.start, span.stop - span.start] for t, span in enumerate(self.spans)]
+        self.rule, own_flags = RULES[rule]
+        states = contract.BUFFERS[self.rule]
+        groups = [0 if t % 3 != 1 else 2 for t in range(count)]
+        table = [[count - 1 - t, s.start, s.stop - s.start, groups[t]] for t, s in enumerate(self.spans)]
         low = dtype in LOW_PRECISION
         rows = count if flags & Flag.PER_TENSOR else 2 if name == "interpolate" else 1
-        most = 1.5 if seed // 2 % 2 == 0 else 1e3  # clips or does not: where it does, the gradient's scale is lost
         sums = torch.rand(rows, 3, generator=self.generator, dtype=torch.float64) * 0.5 + 1.0
         everything = {
             "params": [self.tensor(shape, t % 3) for t, shape in enumerate(self.shapes)],
@@ -102,13 +104,15 @@ class Case:
             "state_from": [self.buffer(positive=s > 0) for s in range(states)] if apart else [],
             "steps": torch.arange(count, dtype=torch.float32) % 4 + bool(flags & Flag.DERIVES),
             "steps_from": 1 + torch.arange(count, dtype=torch.float32).flip(0) % 3 if apart else None,
-            "table": torch.tensor(table, dtype=torch.int64).view(-1, 3),
+            "table": torch.tensor(table, dtype=torch.int64).view(-1, Column.ADDRESS),
             "sq_norms": torch.tensor([[3.0, 4.0], [1.5, 2.0]], dtype=torch.float64),
             "row": row,
-            "hyper": torch.tensor([0.3, 0.03, 0.3, most, 0.75, *HYPER[rule_name]], dtype=torch.float64),
-            "rule": rule_name,
+            "hyper": self.hyper(clips=seed // 2 % 2 == 0),
+            "rule": int(self.rule),
             "flags": int(own_flags | flags),
             "sums": sums if name == "interpolate" else torch.full_like(sums, float("nan")),
+            "done": torch.zeros(1, dtype=torch.int32) if seed % 2 == 0 else None,
+            "dtype": dtype,
         }
         if flags & Flag.DERIVES and "slow" in ARGUMENTS[name]:
             everything["fast"] = everything["slow"].clone()
@@ -120,6 +124,21 @@ class Case:
             for p, span in zip(everything["params"], self.spans, strict=True):
                 p.view(-1).copy_(everything["perturbed"][span])
         self.arguments = {key: everything[key] for key in ARGUMENTS[name]}
+
+    def hyper(self, clips: bool) -> Tensor:
+        """Rows 0 and 2 are the groups'; nobody's row is between them, and nobody's number at their end. Where gradients
+        are clipped, their scale is lost.
+        """
+        hyper = torch.full(
+            (3, len(COMMON[0]) + len(contract.NUMBERS[self.rule]) + 1), float("nan"), dtype=torch.float64
+        )
+        for row, common, own in zip((0, 2), COMMON, OWN, strict=True):
+            rho, eta, alpha, most, unscale = common
+            numbers = [own[name] for name in contract.NUMBERS[self.rule]]
+            hyper[row, :-1] = torch.tensor(
+                [rho, eta, alpha, most if clips else 1e3, unscale, *numbers], dtype=torch.float64
+            )
+        return hyper
 
     def random(self, shape: Any) -> Tensor:
         return torch.randn(shape, generator=self.generator, dtype=torch.float64)
@@ -141,7 +160,7 @@ class Case:
             if isinstance(value, list):
                 return [one(key, entry) for entry in value]
             if not isinstance(value, Tensor):
-                return value
+                return dtype or value if key == "dtype" else value
             if key in ("params", "grads"):
                 return dense(value.to(dtype or value.dtype), None, value.storage_offset())
             return value.clone().to(dtype if key in BUFFERS and dtype else value.dtype)
@@ -151,12 +170,14 @@ class Case:
     def run(self, backend: Any, dtype: torch.dtype | None = None) -> dict[str, Any]:
         """All arguments after the op has run on copies of them."""
         arguments = self.copies(dtype)
-        given = arguments
-        if backend is not reference and not self.listed:
-            layouts = tensor_table(arguments["params"], [0] * len(self.spans))
-            given = {**arguments, "table": torch.cat([arguments["table"], layouts[:, ADDRESS:]], 1)}
-        getattr(backend, self.name)(**given)
+        by_address = backend is not reference and not self.listed
+        getattr(backend, self.name)(**(self.by_address(arguments) if by_address else arguments))
         return arguments
+
+    def by_address(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """The same with the parameters' addresses and layouts in ``table``."""
+        layouts = tensor_table(arguments["params"], *[[0] * len(self.spans)] * 2)
+        return {**arguments, "table": torch.cat([arguments["table"], layouts[:, Column.ADDRESS :]], 1)}
 
     def check(self, backend: Any = native) -> None:
         """A backend against the reference in float64: what is written, and that nothing else is."""
@@ -183,7 +204,7 @@ class Case:
 
     def compare(self, what: str, key: str, a: Tensor, e: Tensor) -> None:
         assert bool(e.isfinite().all()) or key in ("sums", "sq_norms"), what
-        if key == "steps":
+        if key in ("steps", "done"):
             assert_equal(what, a, e)
             return
         if key == "params" and self.dtype in LOW_PRECISION:  # one rounding, and the boundary may be on the other side

@@ -18,10 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from lookbehind_fused import Lookbehind
-from lookbehind_fused.kernels import BACKENDS, SCHEMAS, Flag, native, reference
-from lookbehind_fused.kernels.schema import UNSCALE
+from lookbehind_fused.kernels import BACKENDS, SCHEMAS, Flag, RuleId, native, reference
+from lookbehind_fused.kernels.contract import Column, Hyper
+from lookbehind_fused.kernels.schema import ARGUMENTS, WRITTEN
 from tests.conftest import LOW_PRECISION, Duel, assert_close, assert_equal, dense, drive, scaled_error
-from tests.kernels.passes import ARGUMENTS, DESCENTS, DTYPES, OPS, SIZES, VARIANTS, WRITTEN, Case, cases, listed_values
+from tests.kernels.passes import DESCENTS, DTYPES, OPS, SIZES, VARIANTS, Case, cases, listed_values
 from tests.test_tensors import OPTIONS, parameters
 from tests.test_tensors import RULES as BASES
 
@@ -44,7 +45,7 @@ def check_conversions() -> None:
         arguments = case.copies()
         arguments["grads"][0].copy_(patterns)
         arguments["fast_from"].fill_(-0.0)
-        arguments["hyper"].copy_(torch.tensor([0.0, 0.0, 1.0, float("inf"), 1.0, -1.0, 0.0, 0.0, 0.0]))
+        arguments["hyper"][:, :-1] = torch.tensor([0.0, 0.0, 1.0, float("inf"), 1.0, -1.0, 0.0, 0.0, 0.0])
         native.descend(**arguments)
         assert_bits(f"{dtype} as a gradient", arguments["fast"][case.spans[0]] + 0.0, patterns.float() + 0.0)
 
@@ -113,7 +114,8 @@ A_LITTLE_OFF = [1.01, 1.01, 1.0, 1.01, 1.01, 1.001, 1.0001, 1.0001, 1.5, 1.01]
     ("key", "change", "clips"),
     [
         *[
-            ("hyper", lambda x, i=i, by=by: x[i].mul_(by), i != UNSCALE)
+            ("hyper", lambda x, i=i, by=by, group=group: x[group, i].mul_(by), i != Hyper.UNSCALE)
+            for group in (0, 2)
             for i, by in enumerate(A_LITTLE_OFF)
             if by != 1.0
         ],
@@ -159,17 +161,20 @@ def test_ten_thousand_tensors(name: str) -> None:
     Case(name, torch.float32, sizes, "momentum" if name in DESCENTS else "none", Flag.PER_TENSOR).check()
 
 
+@pytest.mark.parametrize("backend", [native, reference], ids=["native", "reference"])
 @pytest.mark.parametrize("name", SCHEMAS)
-def test_empty_lists(name: str) -> None:
-    """Nothing to do: sums are zero, everything else stays as it was."""
+def test_empty_lists(name: str, backend: Any) -> None:
+    """Nothing to do: sums are zero, the pass is done, everything else stays as it was."""
     case = Case(name, torch.float64, [], "momentum" if name in DESCENTS else "none")
-    after = case.run(native)
+    after = case.run(backend)
     for key, value in case.arguments.items():
         if key == "sq_norms" and key in WRITTEN[name]:
             expected = torch.tensor([[3.0, 4.0], [0.0, 0.0]], dtype=torch.float64)
             assert_equal(key, after[key], expected)
         elif key == "sums" and key in WRITTEN[name]:
             assert_equal(key, after[key][0], torch.zeros(3, dtype=torch.float64))
+        elif key == "done":
+            assert_equal(key, after[key], torch.ones(1, dtype=torch.int32))
         else:
             for a, b in zip(listed_values(after[key]), listed_values(value), strict=True):
                 assert_equal(key, a, b) if isinstance(a, Tensor) else None
@@ -335,14 +340,20 @@ def test_an_unknown_instruction_set_is_an_error() -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_one_schema_table(backend: str) -> None:
-    """Each backend has a function for each schema, and it takes the schema's arguments."""
+    """Each backend has a function for each schema, and takes the schema's arguments and no other."""
     module = BACKENDS[backend]
+    assert [*inspect.signature(module.bind).parameters] == ["name", "params", "table", "arguments"]
     for name in SCHEMAS:
-        signature = inspect.signature(getattr(module, name))
+        function = getattr(module, name)
         if module is reference:
-            assert list(signature.parameters) == ARGUMENTS[name]
-        else:  # takes whatever the op takes
-            assert [p.kind for p in signature.parameters.values()] == [inspect.Parameter.VAR_KEYWORD]
+            assert list(inspect.signature(function).parameters) == ARGUMENTS[name]
+        arguments = Case(name, torch.float32, [], "momentum" if name in DESCENTS else "none").copies()
+        params, table, _ = arguments.pop("params"), arguments.pop("table"), arguments.pop("grads", None)
+        with pytest.raises(TypeError, match=rf"{name}: expected .*flags.*, got 'flag'"):
+            module.bind(name, params, table, {**arguments, "flag": 0})
+        del arguments["flags"]
+        with pytest.raises(TypeError, match=rf"{name}: expected an argument 'flags'"):
+            module.bind(name, params, table, arguments)
 
 
 def test_the_library_implements_the_schemas_and_nothing_else() -> None:
@@ -402,8 +413,9 @@ REFUSED = {
     "no params": ("params", lambda x: []),
     "a short table": ("table", lambda x: x[:-1]),
     "an int32 table": ("table", lambda x: x.int()),
-    "a table of other sizes": ("table", lambda x: x + torch.tensor([0, 0, 1])),
-    "a table of negative starts": ("table", lambda x: x - torch.tensor([0, 1000, 0])),
+    "a table of other sizes": ("table", lambda x: x + torch.tensor([0, 0, 1, 0])),
+    "a table of negative starts": ("table", lambda x: x - torch.tensor([0, 1000, 0, 0])),
+    "a table of negative groups": ("table", lambda x: x - torch.tensor([0, 0, 0, 1])),
     "a float64 gradient": ("grads", lambda x: [*x[:-1], x[-1].double()]),
     "bf16 gradients": ("grads", lambda x: [g.bfloat16() for g in x]),
     "a float64 parameter": ("params", lambda x: [*x[:-1], x[-1].double()]),
@@ -425,10 +437,14 @@ REFUSED = {
     "too few steps": ("steps", lambda x: x[:-1]),
     "too few steps to read": ("steps_from", lambda x: x[:-1]),
     "float32 hyper": ("hyper", lambda x: x.float()),
-    "too short hyper": ("hyper", lambda x: x[:-1]),
+    "too few numbers in hyper": ("hyper", lambda x: x[:, :-2].contiguous()),
+    "too few groups in hyper": ("hyper", lambda x: x[:2]),
+    "hyper of one dimension": ("hyper", lambda x: x[0]),
+    "strided hyper": ("hyper", lambda x: x[:, :-1]),
     "float32 norms": ("sq_norms", lambda x: x.float()),
     "a row beyond the norms": ("row", lambda x: 2),
-    "another rule": ("rule", lambda x: "lion"),
+    "no rule": ("rule", lambda x: len(RuleId)),
+    "a negative rule": ("rule", lambda x: -1),
 }
 
 
@@ -463,6 +479,8 @@ def test_refused_arguments(what: str) -> None:
         ("descend_align", "first", lambda x: x[:20]),
         ("descend_align", "sums", lambda x: x.float()),
         ("descend_align", "sums", lambda x: x[:-1]),
+        ("descend_align", "done", lambda x: x.long()),
+        ("ascend", "done", lambda x: x[:0]),
         ("interpolate", "sums", lambda x: x.float()),
         ("interpolate", "sums", lambda x: x[:-1]),
         ("interpolate", "params", lambda x: x[:1]),
@@ -501,6 +519,91 @@ def test_the_profiler_shows_the_passes() -> None:
         step(Lookbehind(params, torch.optim.SGD, lr=0.1, k=2, alpha=0.5, backend="native"), "pairs")
     seen = {event.key for event in profile.key_averages()}
     assert {f"lookbehind_fused::{name}" for name in SCHEMAS} <= seen
+
+
+@pytest.mark.parametrize("backend", [native, reference], ids=["native", "reference"])
+@pytest.mark.parametrize("name", SCHEMAS)
+def test_a_bound_pass(name: str, backend: Any) -> None:
+    """It does again and again what the pass does; what is left out is None, nothing, or -1."""
+    rule = "momentum" if name in DESCENTS else "none"
+    case = Case(name, torch.float32, [7, 33, 0], rule, listed=False, apart=False, row=-1, seed=1)
+    if name == "reduce_sq_norm":
+        case.arguments["row"] = 1
+    once, twice = (case.by_address(case.copies()) for _ in range(2))
+    for _ in range(2):
+        getattr(backend, name)(**once)
+    left_out = {"row": -1}
+    arguments = {key: value for key, value in twice.items() if value is not None and value != left_out.get(key, [])}
+    params, table, grads = arguments.pop("params"), arguments.pop("table"), arguments.pop("grads", ())
+    run = backend.bind(name, params, table, arguments)
+    for _ in range(2):
+        run(grads)
+    for key in WRITTEN[name]:
+        for a, e in zip(listed_values(twice[key]), listed_values(once[key]), strict=True):
+            assert_equal(key, a, e) if isinstance(a, Tensor) else None
+
+
+def test_a_bound_pass_follows_a_parameter_that_moves() -> None:
+    """Whoever moves it writes its address into the table."""
+    case = Case("ascend", torch.float32, [7, 33], listed=False)
+    expected, arguments = case.run(reference, torch.float64), case.by_address(case.copies())
+    params, table, grads = arguments.pop("params"), arguments.pop("table"), arguments.pop("grads")
+    run = native.bind("ascend", params, table, arguments)
+    with torch.no_grad():
+        for p in params:
+            p.data = p.clone()
+    table[:, Column.ADDRESS] = torch.tensor([p.data_ptr() for p in params])
+    run(grads)
+    case.check_written({**arguments, "params": params}, expected)
+
+
+@pytest.mark.parametrize("name", ["ascend", "descend_ascend"])
+def test_gradients_of_another_dtype_by_address(name: str) -> None:
+    """The op itself would take the parameters for what the gradients are."""
+    case = Case(name, torch.float32, [7, 33], "sgd" if name in DESCENTS else "none", listed=False)
+    arguments = case.by_address(case.copies())
+    before = [p.clone() for p in arguments["params"]]
+    arguments["grads"] = [g.half() for g in arguments["grads"]]
+    with pytest.raises(RuntimeError, match=r"grads: expected torch.float32 as the parameters have, got torch.float16"):
+        getattr(native, name)(**arguments)
+    assert all(map(torch.equal, arguments["params"], before))
+
+
+def test_a_pass_by_address_is_told_the_dtype() -> None:
+    """``interpolate`` has no gradients to tell it from."""
+    case = Case("interpolate", torch.float32, [3])
+    arguments = {**case.by_address(case.copies()), "params": [], "dtype": None}
+    with pytest.raises(RuntimeError, match="dtype: expected one, since there are no params"):
+        OPS["interpolate"](**arguments)
+    with pytest.raises(RuntimeError, match="dtype: expected float64, float32, bfloat16 or float16"):
+        OPS["interpolate"](**{**arguments, "dtype": torch.int32})
+
+
+# ---- groups ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", [native, reference], ids=["native", "reference"])
+@pytest.mark.parametrize(("name", "rule"), [(n, r) for n, r in VARIANTS if n != "interpolate"])
+def test_each_tensor_takes_the_row_of_its_group(name: str, rule: str, backend: Any) -> None:
+    """What a call makes of two groups is what two calls make of one group each, its numbers being the only row."""
+    case = Case(name, torch.float64, SIZES, rule, Flag.ADAPTIVE | Flag.PER_TENSOR, row=1 if name[0] == "r" else -1)
+    together, apart = case.run(backend), case.copies()
+    squares = torch.zeros(2, dtype=torch.float64)
+    for group in (0, 2):
+        rows = (apart["table"][:, Column.GROUP] == group).nonzero().flatten().tolist()
+        table = apart["table"][rows]
+        table[:, Column.GROUP] = 0
+        lists = {key: [apart[key][row] for row in rows] for key in ("params", "grads")}
+        getattr(backend, name)(**{**apart, **lists, "table": table, "hyper": apart["hyper"][group : group + 1]})
+        squares += apart["sq_norms"][1]
+    if name == "reduce_sq_norm":
+        apart["sq_norms"][1] = squares
+    for key in WRITTEN[name]:
+        for a, e in zip(listed_values(together[key]), listed_values(apart[key]), strict=True):
+            if key == "sq_norms":
+                assert_close(key, a, e, 1e-15)
+            elif a is not None:
+                assert_equal(key, a, e)
 
 
 # ---- without the library ---------------------------------------------------------------------------------------------
