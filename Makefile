@@ -65,7 +65,7 @@ sanitize:  ## run the C++ kernels under the address, undefined-behaviour and thr
 	@mkdir -p build/sanitize
 	@for kind in address,undefined thread; do \
 		echo "-fsanitize=$$kind"; \
-		$(CXX) -std=c++17 -O1 -g -fno-math-errno -ffp-contract=off -Wall -Wextra -Werror -Wno-unknown-pragmas \
+		$(CXX) -std=c++17 -O1 -g -fno-math-errno -fno-trapping-math -ffp-contract=off -Wall -Wextra -Werror -Wno-unknown-pragmas \
 			-fno-omit-frame-pointer -fsanitize=$$kind -fno-sanitize-recover=all \
 			csrc/sanitize/main.cpp csrc/cpu/*.cpp -o build/sanitize/$$kind -pthread && \
 			TSAN_OPTIONS=halt_on_error=1 build/sanitize/$$kind || exit 1; \

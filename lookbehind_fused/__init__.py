@@ -1,11 +1,11 @@
 """Lookbehind-SAM (Mordido et al., ICML 2024) as a torch optimizer, from k + 1 gradients a step."""
 
 from .arguments import weight_scaling
-from .evaluations import Evaluation
 from .family import ASAM, SAM, MultistepSAM
 from .lookahead import Lookahead
 from .optimizer import Lookbehind
-from .running_stats import running_stats_at_slow
+from .parts.buffers import running_stats_at_slow
+from .program import Evaluation
 from .schedules import LambdaSchedule
 
 __all__ = [

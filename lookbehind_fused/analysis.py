@@ -18,20 +18,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .arguments import (
-    check_bool,
-    check_group,
-    check_int,
-    check_number,
-    check_numbers,
-    check_parameters,
-    describe,
-    layout,
-    name_of,
-)
-from .base import GROUP_DEFAULTS
+from .arguments import GROUP_DEFAULTS, check_bool, check_group, check_int, check_number, check_numbers
 from .kernels import Flag, reference
 from .kernels.schema import tensor_table
+from .tensors import check_parameters, describe, layout, name_of
 
 Batches = Iterable[Any]
 LossFunction = Callable[[Tensor, Tensor], Tensor]

@@ -1,25 +1,26 @@
-"""What is accepted: settings, parameter groups, parameters. Errors name the thing, what was expected, and what came."""
+"""What is accepted: settings and parameter groups. Errors name the thing, what was expected, and what came."""
 
 from __future__ import annotations
 
+import inspect
 import math
 import numbers
-from collections.abc import Sequence
-from itertools import pairwise
-from operator import attrgetter
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.optimizer import ParamsT
 
-DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+from .tensors import describe, layout
+
+GROUP_DEFAULTS = {"rho": 0.05, "adaptive": False, "eta": 0.01}
+"""What a parameter group has beside the base optimizer's own settings."""
 
 
 class Settings(NamedTuple):
-    """What one outer step is run with: the arguments of ``Lookbehind``, and what is the same in all of its evaluations
-    (``evaluations.StepPlan``).
-    """
+    """What one outer step is run with: arguments of ``Lookbehind``, which may be set between two steps."""
 
     k: int
     alpha: float | str
@@ -30,9 +31,6 @@ class Settings(NamedTuple):
     microbatches: int
     ascent_gradient: str
     reuse_gradient: bool
-    descents: int
-    means: tuple[str, ...]
-    gathered: int
 
     @property
     def skips(self) -> bool:
@@ -41,12 +39,8 @@ class Settings(NamedTuple):
 
     @property
     def descents_need_norms(self) -> bool:
+        """Whether a descent clips or skips."""
         return self.max_grad_norm is not None or self.skips
-
-    @property
-    def aligns(self) -> bool:
-        """Whether alpha is found from fast_1 and fast_k. With one descent they are the same, so alpha* = 1."""
-        return self.alpha == "adaptive" and self.descents > 1
 
     @property
     def ascents_in_rho(self) -> int:
@@ -55,12 +49,8 @@ class Settings(NamedTuple):
 
     @property
     def static_alpha(self) -> float:
+        """The slow step size where it is not adaptive."""
         return 1.0 if isinstance(self.alpha, str) else float(self.alpha)
-
-
-GIVEN = Settings._fields[: Settings._fields.index("descents")]
-"""Those of ``Settings`` that are arguments, and attributes that may be set between two steps."""
-given_settings = attrgetter(*GIVEN)
 
 
 def check_settings(
@@ -219,92 +209,74 @@ def weights_of(module: torch.nn.Module) -> set[Tensor]:
     return {p for name, p in module.named_parameters() if "weight" in name}
 
 
-# ---- parameters ------------------------------------------------------------------------------------------------------
+# ---- what an optimizer is made of ------------------------------------------------------------------------------------
 
 
-def check_parameters(params: Sequence[Tensor], names: Sequence[str]) -> None:
-    """Refuse what the kernels cannot take.
+def check_takes_evaluation(closure: Callable[..., Any], microbatches: int) -> None:
+    """Refuse a closure that cannot be told which microbatch it is to see.
 
     Raises:
-        ValueError: a parameter is lazy, complex, sparse, on the meta device, a wrapper subclass (such as DTensor), of a
-            floating dtype other than float64, float32, bfloat16 and float16, not dense, or overlaps another one in
-            memory.
+        TypeError: it takes no argument.
     """
-    for p, name in zip(params, names, strict=True):
-        if torch.nn.parameter.is_lazy(p):
+    try:
+        inspect.signature(closure).bind(None)
+    except TypeError:
+        raise TypeError(
+            f"closure: expected a function of the Evaluation, since microbatches is {microbatches!r}: "
+            f"evaluation.part(batch) is what it is to see; got {closure!r}, which does not take it"
+        ) from None
+    except ValueError:  # a builtin, of which nothing is known
+        return
+
+
+def check_stats(model: nn.Module | None, ascent_gradient: str) -> None:
+    """Refuse to keep buffers at the slow weights where nothing is evaluated there.
+
+    Raises:
+        ValueError: naming the argument.
+    """
+    if model is not None and ascent_gradient == "previous":
+        raise ValueError(
+            "running_stats_at_slow: expected None with ascent_gradient='previous', which evaluates nothing at the slow "
+            f"weights, got {type(model).__name__}"
+        )
+
+
+def build_base(params: ParamsT | None, base_optimizer: Any, base_kwargs: dict[str, Any]) -> Optimizer:
+    """The base optimizer: an instance as it is, or one of the class.
+
+    Raises:
+        TypeError, ValueError: naming the argument that is not acceptable.
+    """
+    if isinstance(base_optimizer, Optimizer):
+        base = _given_base(params, base_optimizer, base_kwargs)
+    elif isinstance(base_optimizer, type) and issubclass(base_optimizer, Optimizer) and base_optimizer is not Optimizer:
+        if not isinstance(params, Iterable):
+            raise TypeError(f"params: expected parameters, such as model.parameters(), got {params!r}")
+        base = base_optimizer(params, **base_kwargs)
+    else:
+        raise TypeError(f"base_optimizer: expected a torch optimizer class or instance, got {base_optimizer!r}")
+    name = type(base).__name__
+    closure = inspect.signature(type(base).step).parameters.get("closure")
+    if hasattr(base, "base_optimizer") or (closure is not None and closure.default is inspect.Parameter.empty):
+        raise ValueError(f"base_optimizer: expected one whose step() needs no closure, got {name}")
+    if any(group.get("differentiable") for group in base.param_groups):
+        raise ValueError(f"base_optimizer: expected differentiable=False, got {name} with differentiable=True")
+    return base
+
+
+def _given_base(params: ParamsT | None, base: Optimizer, base_kwargs: dict[str, Any]) -> Optimizer:
+    if base_kwargs:
+        raise TypeError(
+            f"{', '.join(base_kwargs)}: expected only with a class as base_optimizer, got an instance of "
+            f"{type(base).__name__}"
+        )
+    if params is not None:
+        given = [p for group in Optimizer(params, {}).param_groups for p in group["params"]]
+        held = [p for group in base.param_groups for p in group["params"]]
+        if [id(p) for p in given] != [id(p) for p in held]:
             raise ValueError(
-                f"{name}: expected an initialized parameter, got {type(p).__name__}; run the model once first"
+                f"params: expected None or the {len(held)} parameters of the given base_optimizer, got {len(given)} "
+                "others"
             )
-        reason = _unsuitable(p)
-        if reason:
-            raise ValueError(f"{name}: expected {reason}, got {describe(*layout(p)[:3])}, strides {_strides(p)}")
-    _check_overlap(params, names)
-
-
-def _unsuitable(p: Tensor) -> str | None:
-    """What was expected of a parameter that is not acceptable."""
-    if is_traceable_wrapper_subclass(p):
-        return f"a plain tensor, not a {type(p).__name__}"
-    if p.layout != torch.strided:
-        return f"a dense tensor, not one of layout {p.layout}"
-    if p.is_meta:
-        return "a tensor with memory, not on the meta device"
-    if p.is_complex():
-        return "a real tensor"
-    if p.is_floating_point() and p.dtype not in DTYPES:
-        return "dtype " + ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
-    if not _is_dense(p):
-        return "a tensor whose elements fill its memory once, without gaps or overlap"
-    return None
-
-
-def _check_overlap(params: Sequence[Tensor], names: Sequence[str]) -> None:
-    spans = sorted(
-        (str(p.device), p.data_ptr(), p.data_ptr() + p.numel() * p.element_size(), i)
-        for i, p in enumerate(params)
-        if p.numel()
-    )
-    for (device, _, end, i), (next_device, start, _, j) in pairwise(spans):
-        if device == next_device and start < end:
-            first, second = sorted((i, j))
-            same = "is the same tensor as" if params[i] is params[j] else "overlaps in memory with"
-            raise ValueError(
-                f"{names[second]} {same} {names[first]}: expected every parameter to have memory of its own"
-            )
-
-
-def memory_order(x: Tensor) -> tuple[int, ...] | None:
-    """The strides of all dimensions of more than one element; None if the elements do not fill the memory once."""
-    sizes_and_strides = [(stride, size) for stride, size in zip(x.stride(), x.shape, strict=True) if size != 1]
-    expected = 1
-    for stride, size in sorted(sizes_and_strides):
-        if stride != expected and x.numel():
-            return None
-        expected *= size
-    return tuple(stride for stride, _ in sizes_and_strides)
-
-
-def _is_dense(x: Tensor) -> bool:
-    return memory_order(x) is not None
-
-
-def layout(p: Tensor) -> tuple:
-    """Shape, dtype, device and strides of a tensor."""
-    return p.shape, p.dtype, p.device, p.stride() if p.layout == torch.strided else ()
-
-
-def _strides(p: Tensor) -> tuple[int, ...] | str:
-    return p.stride() if p.layout == torch.strided else "none"
-
-
-def describe(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> str:
-    """A tensor in words."""
-    return f"shape {tuple(shape)}, {str(dtype).removeprefix('torch.')}, {device}"
-
-
-def name_of(index: int, name: str | None, p: Tensor) -> str:
-    """What a tensor is called in messages: its index in the optimizer, its name if known, shape and dtype."""
-    known = f" {name!r}" if name else ""
-    if torch.nn.parameter.is_lazy(p):
-        return f"parameter {index}{known}"
-    return f"parameter {index}{known} (shape {tuple(p.shape)}, {str(p.dtype).removeprefix('torch.')})"
+    return base

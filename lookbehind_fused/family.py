@@ -1,17 +1,15 @@
-"""The sharpness-aware family: settings of the loop in ``optimizer``, over the same passes."""
+"""The sharpness-aware family: settings of ``Lookbehind``, or a program of their own (``program``)."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
-from . import evaluations
 from .arguments import check_bool
-from .base import GROUP_DEFAULTS
-from .evaluations import StepPlan
 from .optimizer import Lookbehind
+from .program import Program, multistep
 
 
 class SAM(Lookbehind):
@@ -36,12 +34,14 @@ class SAM(Lookbehind):
         self,
         params: ParamsT | None,
         base_optimizer: type[Optimizer] | Optimizer,
-        rho: float = GROUP_DEFAULTS["rho"],
-        adaptive: bool = GROUP_DEFAULTS["adaptive"],
+        rho: float | None = None,
+        adaptive: bool | None = None,
         **settings: Any,
     ) -> None:
         refuse(self, settings, "k", "alpha", "alpha_scope", "reuse_gradient")
         super().__init__(params, base_optimizer, rho=rho, adaptive=adaptive, k=1, alpha=1.0, **settings)
+
+    FIXED = ("k", "alpha", "alpha_scope", "reuse_gradient")
 
     def first_step(self, zero_grad: bool = False) -> None:
         """``ascent_step()``, then clear the gradients if asked to."""
@@ -58,11 +58,18 @@ class SAM(Lookbehind):
 
 class ASAM(SAM):
     """Adaptive SAM (Kwon et al. 2021, algorithm 1): ``SAM`` with the ascent scaled by T = |w| + eta, so that rho is in
-    units of the scaled weights. Every tensor is scaled; groups may have their own ``adaptive`` (``weight_scaling``).
+    units of the scaled weights: 0.5 unless given. Every tensor is scaled; groups may have their own ``adaptive``
+    (``weight_scaling``).
     """
 
+    GROUP: ClassVar = {**Lookbehind.GROUP, "rho": 0.5}
+
     def __init__(
-        self, params: ParamsT | None, base_optimizer: type[Optimizer] | Optimizer, rho: float = 0.5, **settings: Any
+        self,
+        params: ParamsT | None,
+        base_optimizer: type[Optimizer] | Optimizer,
+        rho: float | None = None,
+        **settings: Any,
     ) -> None:
         refuse(self, settings, "adaptive")
         super().__init__(params, base_optimizer, rho, True, **settings)
@@ -81,26 +88,31 @@ class MultistepSAM(Lookbehind):
             reach counts with a gradient of 0 there; a gradient that is skipped (``nonfinite``) likewise.
     """
 
+    SETTINGS = (*Lookbehind.SETTINGS, "average")
+    FIXED = ("alpha", "alpha_scope", "reuse_gradient", "microbatches", "ascent_gradient")
+
     def __init__(
         self,
         params: ParamsT | None,
         base_optimizer: type[Optimizer] | Optimizer,
         *,
-        rho: float = GROUP_DEFAULTS["rho"],
+        rho: float | None = None,
         k: int = 2,
         average: bool = False,
         **settings: Any,
     ) -> None:
         refuse(self, settings, "alpha", "alpha_scope", "reuse_gradient", "microbatches", "ascent_gradient")
-        check_bool("average", average)
         self.average = average
         super().__init__(params, base_optimizer, rho=rho, k=k, alpha=1.0, **settings)
 
-    def _plan(self, reuse_gradient: bool) -> StepPlan:
-        return evaluations.multistep(self.k, self.average)
+    def program(self, reuse_gradient: bool) -> Program:
+        """k ascents and a descent."""
+        return multistep(self.k, self.average)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "average": self.average}
+    def check_settings(self, settings: dict[str, Any]) -> None:
+        """As for any other method, and ``average``."""
+        super().check_settings(settings)
+        check_bool("average", settings["average"])
 
 
 def refuse(method: object, settings: dict[str, Any], *names: str) -> None:

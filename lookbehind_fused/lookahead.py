@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from itertools import chain
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from . import kernels
-from .arguments import check_fraction, check_int, check_parameters, layout
+from .arguments import check_fraction, check_int
 from .buckets import flat_layout, flat_view
-from .kernels.contract import Column
-from .optimizer import Lookbehind, params_and_names
+from .open_step import Part
+from .optimizer import Lookbehind
+from .tensors import ROUNDED, check_parameters, compute_dtype, layout, params_and_names, tensors_of, trained
 
 
 class Lookahead(Optimizer):
@@ -85,10 +86,18 @@ class Lookahead(Optimizer):
         """The optimizer's own parameter groups."""
         return self.optimizer.param_groups
 
+    @param_groups.setter
+    def param_groups(self, value: list[dict[str, Any]]) -> None:
+        self.optimizer.param_groups = value
+
     @property
     def state(self) -> dict[Tensor, Any]:  # type: ignore[override]
         """The optimizer's own state."""
         return self.optimizer.state
+
+    @state.setter
+    def state(self, value: dict[Tensor, Any]) -> None:
+        self.optimizer.state = value
 
     @property
     def defaults(self) -> dict[str, Any]:  # type: ignore[override]
@@ -127,18 +136,19 @@ class Lookahead(Optimizer):
         Raises:
             RuntimeError: parameters were added, removed or replaced since, or the slow weights are in their place.
         """
-        if isinstance(self.optimizer, Lookbehind):  # which calls before_step() and after_step() in every form of a step
+        if isinstance(self.optimizer, Lookbehind):  # every form of its steps has ``part()`` take part
             return self._step_of_lookbehind(*args, **kwargs)
         # GradScaler leaves them on the optimizer that it is given.
         scaling = {name: self.__dict__[name] for name in ("grad_scale", "found_inf") if name in self.__dict__}
         vars(self.optimizer).update(scaling)
-        self.before_step()
+        part = self.part()
+        part.begin()
         try:
             result = self.optimizer.step(*args, **kwargs)
         finally:
             for name in scaling:
                 vars(self.optimizer).pop(name, None)
-        self.after_step()
+        part.commit()
         return result
 
     def _step_of_lookbehind(self, *args: Any, **kwargs: Any) -> Any:
@@ -152,8 +162,12 @@ class Lookahead(Optimizer):
         finally:
             self.optimizer.grad_scale = own
 
-    def before_step(self) -> None:
-        """What precedes a step of the optimizer.
+    def part(self) -> LookaheadPart:
+        """What takes part in a step of the optimizer."""
+        return LookaheadPart(self)
+
+    def begin_step(self) -> None:
+        """What precedes a step of the optimizer: the first of a round keeps the slow weights.
 
         Raises:
             RuntimeError: parameters were added, removed or replaced since, or given another layout within a round, or
@@ -166,9 +180,9 @@ class Lookahead(Optimizer):
         self._require_same_parameters()
         unchanged = all([copies.are_of_now() for copies in self._copies])
         if self.inner_step == 0:
-            held = [id(p) for copies in self._copies for p in copies.params]
-            if not unchanged or sorted(held) != sorted(map(id, _trained(self._tensors))):
-                self._copies = _copies_of(self._tensors, self.backend)
+            held = {id(p) for copies in self._copies for p in copies.params}
+            if not unchanged or not held.issuperset(id(p) for p in self._tensors if _moves(p)):
+                self._copies = _copies_of(self._tensors)
             for copies in self._copies:
                 copies.keep()
         elif not unchanged:
@@ -177,14 +191,15 @@ class Lookahead(Optimizer):
                 "inner steps: expected none, since the slow weights have those of before; change the model where "
                 "inner_step is 0"
             )
+        for copies in self._copies:
+            copies.done.zero_()
 
-    def after_step(self) -> None:
-        """What follows a step of the optimizer: the k-th moves the slow weights."""
-        self.inner_step += 1
-        if self.inner_step >= self.k:
+    def end_step(self, inner_step: int) -> None:
+        """What follows a step of the optimizer, number ``inner_step`` of its round: the k-th moves the slow weights."""
+        if inner_step >= self.k:
             for copies in self._copies:
                 copies.interpolate(self.alpha)
-            self.inner_step = 0
+        self.inner_step = inner_step if inner_step < self.k else 0
         self._opt_called = True  # LR schedulers look for it
 
     def _require_fast_weights(self, what: str) -> None:
@@ -192,7 +207,7 @@ class Lookahead(Optimizer):
             raise RuntimeError(f"{what}: expected outside of slow_weights(), whose weights are not those being trained")
 
     def _require_same_parameters(self) -> None:
-        now = list(chain.from_iterable(group["params"] for group in self.param_groups))
+        now = tensors_of(self.param_groups)
         if [*map(id, now)] != [*map(id, self._tensors)]:
             raise RuntimeError(
                 f"param_groups: expected the {len(self._tensors)} parameters that Lookahead was built with, got "
@@ -222,13 +237,15 @@ class Lookahead(Optimizer):
             self._backup = None
 
     def _slow(self) -> list[Tensor]:
-        """The slow weights of every parameter, in the shapes of the parameters: the parameters themselves between two
-        rounds of k steps.
+        """The slow weights of every parameter, in the shapes of the parameters: between two rounds of k steps the
+        parameters themselves, but those of 16 bits, which are the rounded image of their slow weights.
         """
-        slow = {id(p): p.detach() for p in self._tensors}
-        if self.inner_step:
-            for copies in self._copies:
-                slow.update(zip(map(id, copies.params), copies.views, strict=True))
+        slow = {id(p): p.detach().float() if p.dtype in ROUNDED else p.detach() for p in self._tensors}
+        for copies in self._copies:
+            if copies.rounds and not self.inner_step:
+                copies.keep()
+            if copies.rounds or self.inner_step:
+                slow.update((id(p), w) for p, w in zip(copies.params, copies.views, strict=True) if _moves(p))
         return [slow[id(p)] for p in self._tensors]
 
     # ---- saving and loading ----
@@ -269,7 +286,7 @@ class Lookahead(Optimizer):
 
     def _take_over(self, inner_step: int, slow: Sequence[Tensor] | None) -> None:
         self.inner_step = inner_step
-        self._copies = _copies_of(self._tensors, self.backend) if inner_step else []
+        self._copies = _copies_of(self._tensors) if slow else []
         given = {id(p): w for p, w in zip(self._tensors, slow or [], strict=False)}
         for copies in self._copies:
             _copy([given[id(p)] for p in copies.params], copies.views)
@@ -277,30 +294,51 @@ class Lookahead(Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         self._require_fast_weights("copying or pickling the optimizer")
         kept = {name: self.__dict__[name] for name in ("optimizer", "k", "alpha", "backend", "inner_step")}
-        return {**kept, "slow": [w.clone() for w in self._slow()] if self.inner_step else None}
+        needed = self.inner_step or any(copies.rounds for copies in self._copies)
+        return {**kept, "slow": [w.clone() for w in self._slow()] if needed else None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        if "optimizer" not in state:  # as torch's load_state_dict gives it to an optimizer: state, param_groups
+            self.optimizer.__setstate__(state)
+            return
         own = dict(state)
         inner_step, slow = own.pop("inner_step"), own.pop("slow")
         super().__setstate__({**own, "_backup": None})
-        self._tensors = list(chain.from_iterable(group["params"] for group in self.param_groups))
+        self._tensors = tensors_of(self.param_groups)
         self._take_over(inner_step, slow)
         if isinstance(self.optimizer, Lookbehind):
-            self.optimizer._lookahead = self
+            self.optimizer._around = ref(self)
+
+
+class LookaheadPart(Part):
+    """``Lookahead`` in a step of the optimizer inside."""
+
+    def __init__(self, lookahead: Lookahead) -> None:
+        self.lookahead = lookahead
+        self.inner_step = lookahead.inner_step + 1
+
+    def begin(self) -> None:
+        """The first step of a round keeps the slow weights."""
+        self.lookahead.begin_step()
+
+    def commit(self) -> None:
+        """The k-th step moves the slow weights."""
+        self.lookahead.end_step(self.inner_step)
 
 
 class _Copies:
     """The slow weights of the parameters of one device and dtype, in one flat buffer (``buckets``)."""
 
-    def __init__(self, params: list[Tensor], backend: str) -> None:
+    def __init__(self, params: list[Tensor]) -> None:
         first = params[0]
-        self.params, self.kernels = params, kernels.resolve(backend, first.device)
-        self.dtype = torch.float32 if first.dtype in (torch.bfloat16, torch.float16) else first.dtype
-        self.rounds = self.dtype != first.dtype
-        self.table, size = flat_layout(params, self.dtype)
+        self.params = params
+        self.dtype, self.rounds = compute_dtype(first.dtype), first.dtype in ROUNDED
+        self.table, size = flat_layout(params, self.dtype, [0] * len(params))
         self.layouts = [layout(p) for p in params]
         self.slow = torch.empty(size, dtype=self.dtype, device=first.device)
         self.views = self._views_of(self.slow)
+        self.done = torch.zeros(1, dtype=torch.int32, device=first.device)
+        _copy(params, self.views)
 
     def _views_of(self, buffer: Tensor) -> list[Tensor]:
         return [
@@ -312,26 +350,28 @@ class _Copies:
         """Whether the parameters still have the dtypes, devices and strides that the buffer was laid out for."""
         return [layout(p) for p in self.params] == self.layouts
 
+    @torch.no_grad()
     def keep(self) -> None:
-        """The slow weights are the parameters as they are now."""
-        _copy(self.params, self.views)
+        """The slow weights are the parameters as they are now. Where these are the rounded image of the slow weights
+        already, they stay unrounded.
+        """
+        if not self.rounds:
+            _copy(self.params, self.views)
+            return
+        for p, slow in zip(self.params, self.views, strict=True):
+            slow.copy_(torch.where(slow.to(p.dtype) == p, slow, p.to(self.dtype)))
 
     @torch.no_grad()
     def interpolate(self, alpha: float) -> None:
-        """``params = slow + alpha * (params - slow)``.
-
-        The pass takes alpha from the angle between two vectors: (cos + 1) / 2.
+        """``params = slow = slow + alpha * (params - slow)`` of those that are trained, unless that has been done. One
+        call writes everything, so that an interrupt comes before or after.
         """
-        self.table[:, Column.ADDRESS] = torch.tensor([*map(Tensor.data_ptr, self.params)])
-        fast = None
-        if self.rounds:
-            fast = torch.empty_like(self.slow)
-            _copy(self.params, self._views_of(fast))
-        sums = torch.ones(1, 3, dtype=torch.float64, device=self.slow.device)
-        sums[0, 0] = 2 * alpha - 1
-        self.kernels.interpolate(
-            params=self.params, perturbed=fast, slow=self.slow, table=self.table, sums=sums, flags=0
-        )
+        moved = [(p, w) for p, w in zip(self.params, self.views, strict=True) if _moves(p)]
+        if not moved or self.done[0]:
+            return
+        params, slow = map(list, zip(*moved, strict=True))
+        new = torch._foreach_lerp(slow, [p.to(self.dtype) for p in params], alpha)
+        torch._foreach_copy_([*slow, *params, self.done], [*new, *new, torch.ones_like(self.done)])
 
 
 @torch.no_grad()
@@ -339,13 +379,14 @@ def _copy(sources: Sequence[Tensor], targets: Sequence[Tensor]) -> None:
     torch._foreach_copy_(targets, sources)
 
 
-def _trained(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Those that a step may move."""
-    return [p for p in tensors if p.is_floating_point() and (p.requires_grad or p.grad is not None)]
+def _moves(p: Tensor) -> bool:
+    """Whether a step may move it."""
+    return p.is_floating_point() and trained(p)
 
 
-def _copies_of(tensors: Sequence[Tensor], backend: str) -> list[_Copies]:
+def _copies_of(tensors: Sequence[Tensor]) -> list[_Copies]:
     members: dict[tuple, list[Tensor]] = {}
-    for p in _trained(tensors):
-        members.setdefault((p.device, p.dtype), []).append(p)
-    return [_Copies(params, backend) for params in members.values()]
+    for p in tensors:
+        if _moves(p):
+            members.setdefault((p.device, p.dtype), []).append(p)
+    return [_Copies(params) for params in members.values()]

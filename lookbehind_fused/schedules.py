@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from .arguments import GIVEN, check_fraction, check_group, check_settings
+from .arguments import check_fraction, check_group
 from .lookahead import Lookahead
 from .optimizer import Lookbehind
 
@@ -77,7 +77,7 @@ class LambdaSchedule:
             if self.optimizer is not self.method:
                 check_fraction("alpha", alpha)
             else:
-                check_settings(*(alpha if name == "alpha" else getattr(self.method, name) for name in GIVEN))
+                self.method.check_settings({**self.method.settings(), "alpha": alpha})
         except (TypeError, ValueError) as error:
             raise type(error)(f"schedule at step {steps}: {error}") from error
         for rho, group in zip(rhos, groups, strict=True):

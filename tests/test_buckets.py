@@ -55,7 +55,7 @@ def test_a_mixed_list_is_algorithm_1(backend: str, rule: str, k: int, alpha: flo
         optimizer.step(problem.evaluate)
         oracle.step(MIXED)
         oracle.check(problem.params)
-    assert len(optimizer._buckets) == 2
+    assert len(optimizer._prepared.buckets) == 2
     assert len(optimizer.param_groups) == 1
 
 
@@ -85,17 +85,17 @@ def test_changes_of_the_list_take_effect_at_the_next_step(backend: str) -> None:
         optimizer.step(problem.evaluate)
         oracle.step(adaptive)
         oracle.check(problem.params)
-        assert len(optimizer._buckets) == buckets
+        assert len(optimizer._prepared.buckets) == buckets
 
 
 def test_an_unchanged_list_keeps_the_buckets(backend: str) -> None:
     problem = Problem()
     optimizer = optimizer_of(problem, "sgd", backend)
     optimizer.step(problem.evaluate)
-    before = optimizer._buckets
+    before = optimizer._prepared.buckets
     optimizer.param_groups[0]["adaptive"] = list(MIXED)
     optimizer.step(problem.evaluate)
-    assert optimizer._buckets is before
+    assert optimizer._prepared.buckets is before
 
 
 BAD = [

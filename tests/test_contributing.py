@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from lookbehind_fused import Lookbehind
-from lookbehind_fused.evaluations import Use, plan
 from lookbehind_fused.family import refuse
+from lookbehind_fused.program import Trace
 from tests import test_family
 from tests.algorithm1 import Formulas
 from tests.conftest import assert_close
@@ -21,7 +21,7 @@ CLASS, ROW = re.findall(r"```python\n(.*?)```", TEXT.partition("## A new method 
 def example(monkeypatch: pytest.MonkeyPatch) -> type[Lookbehind]:
     """The class of the example, its row being in the table of the family."""
     monkeypatch.setattr(test_family, "METHODS", dict(test_family.METHODS))
-    names = {"Lookbehind": Lookbehind, "Use": Use, "plan": plan, "refuse": refuse}
+    names = {"Lookbehind": Lookbehind, "Trace": Trace, "refuse": refuse}
     exec(CLASS, names)
     exec(ROW, {"torch": torch, "METHODS": test_family.METHODS, "PenaltySAM": names["PenaltySAM"]})
     return names["PenaltySAM"]

@@ -356,7 +356,7 @@ def test_a_method_on_several_batches_is_its_transcription(
     expected = [p.detach().clone().double() for p in problem.params]
     base = Formulas(formula, hyper, len(problem.params))
     first_index = 1 if "free" in method else 0
-    plan = optimizer._plan(optimizer.reuse_gradient and form != "pairs").evaluations[first_index:]
+    plan = optimizer.program(optimizer.reuse_gradient and form != "pairs").evaluations[first_index:]
     for _ in range(4):
         order = iter(plan)
         if form == "step" and optimizer.microbatches > 1:
@@ -455,7 +455,7 @@ def test_multistep_keeps_one_copy(backend: str) -> None:
     problem = Problem()
     optimizer = MultistepSAM(problem.params, torch.optim.Adam, lr=0.01, k=4, backend=backend)
     optimizer.step(problem.evaluate)
-    (bucket,) = optimizer._buckets
+    (bucket,) = optimizer._prepared.buckets
     assert sorted(bucket.buffers) == ["exp_avg", "exp_avg_sq", "slow"]
 
 

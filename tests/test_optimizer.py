@@ -168,8 +168,10 @@ def test_an_instance_brings_its_own_groups_and_state(backend):
 def test_an_instance_with_a_group_that_has_its_own_rho(backend):
     problem = Problem()
     base = torch.optim.SGD([{"params": problem.params[:2], "rho": 0.3}, {"params": problem.params[2:]}], lr=0.1)
-    opt = Lookbehind(None, base, rho=0.05, backend=backend)
+    opt = Lookbehind(None, base, backend=backend)
     assert [g["rho"] for g in opt.param_groups] == [0.3, 0.05]
+    opt = Lookbehind(None, base, rho=0.1, backend=backend)
+    assert [g["rho"] for g in opt.param_groups] == [0.1, 0.1]
 
 
 def test_named_parameters_keep_their_names(backend):

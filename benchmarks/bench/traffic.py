@@ -79,7 +79,7 @@ def launches(
         driver.log.clear()
         for _ in optimizer.evaluations():
             p.grad = g
-    (bucket,) = optimizer._buckets
+    (bucket,) = optimizer._prepared.buckets
     arrays = {"params": p.detach(), "grads": g, **bucket.buffers}
     found = []
     for entry in driver.log:

@@ -285,8 +285,10 @@ def _reduced(
     row: int,
 ) -> Tensor:
     """``sq_norms`` as they will be when row ``row`` is written."""
-    squares = []
+    squares = [torch.zeros_like(sq_norms[row])]
     for param, grad, place in zip(params, grads, _places(params, table), strict=True):
+        if grad is None:
+            continue
         weights = vector(param) if perturbed is None else perturbed[place.span]
         g = _gradient(grad, param)
         scaled = plain = ordered_sum(g.double().square())
@@ -294,7 +296,7 @@ def _reduced(
             eta = hyper[place.group, Hyper.ETA].item()
             scaled = ordered_sum((_scaling(weights.to(g.dtype), eta) * g).double().square())
         squares.append(torch.stack([scaled, plain]))
-    of_bucket = torch.stack(squares).sum(0) if squares else torch.zeros_like(sq_norms[row])
+    of_bucket = torch.stack(squares).sum(0)
     writes.add(sq_norms[row], of_bucket)
     filled = sq_norms.clone()
     filled[row] = of_bucket
@@ -538,7 +540,7 @@ class _Place(NamedTuple):
 
 
 def _places(params: Sequence[Tensor], table: Tensor) -> Iterator[_Place]:
-    for number, (param, columns) in enumerate(zip(params, table.tolist(), strict=True)):
+    for number, (param, columns) in enumerate(zip(params, table[:, : Column.ADDRESS].tolist(), strict=True)):
         start, size = columns[Column.START], columns[Column.SIZE]
         if param.numel() != size:
             raise RuntimeError(f"params: tensor {number} has {param.numel()} elements, expected {size}")

@@ -70,7 +70,7 @@ def test_only_evaluations_at_the_slow_weights_take_part(backend: str, form: str,
 
             optimizer.step(closure)
         elif form == "pairs":
-            for evaluation in optimizer._plan(reuse_gradient=False).evaluations:
+            for evaluation in optimizer.program(reuse_gradient=False).evaluations:
                 optimizer.zero_grad()
                 loss(model, evaluation.part(INPUTS)).backward()
                 (optimizer.ascent_step if evaluation.ascends else optimizer.descent_step)()

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from functools import partial
+from contextlib import contextmanager
 from typing import Any
 from unittest.mock import patch
 
 import torch
-from torch.autograd.graph import increment_version
 
 from benchmarks.bench.contenders.foreach import Tensors, clear
 from benchmarks.bench.settings import Settings
 from lookbehind_fused import Lookbehind
-from lookbehind_fused.kernels import SCHEMAS, native
+from lookbehind_fused.kernels import native
 
 NATIVE = "native"
 """The backend under test."""
@@ -59,29 +57,20 @@ class OpsAlone(Fused):
             with self._recorded():
                 yield from super().evaluations()
             return
-        for op, before, after, written in self.calls:
+        for run in self.calls:
             clear(self.held)
             yield 0
             with torch.no_grad():
-                op(*before, [p.grad for p in self.held], *after)
-                increment_version(written)
+                run([p.grad for p in self.held])
 
     @contextmanager
     def _recorded(self) -> Iterator[None]:
-        """Keep the calls: the op, what it is given before and after the gradients, and what it writes."""
-        with ExitStack() as stack:
-            for name in SCHEMAS:
-                op = getattr(torch.ops.lookbehind_fused, name).default
-                noted = partial(self._note, op, getattr(native, name))
-                stack.enter_context(patch.object(native, name, noted))
-            yield
+        """Keep the calls, in their order."""
+        bind = native.bind
 
-    def _note(self, op: Any, run: Any, **arguments: Any) -> None:
-        run(**arguments)
-        schema = op._schema.arguments
-        values = {**arguments, "params": []}  # reached by the addresses in ``table``
-        where = [a.name for a in schema].index("grads")
-        written = [arguments[a.name] for a in schema if a.alias_info is not None and a.alias_info.is_write]
-        tensors = [t for value in written for t in (value if isinstance(value, list) else [value]) if t is not None]
-        given = [values[a.name] for a in schema]
-        self.calls.append((op, given[:where], given[where + 1 :], tensors))
+        def noted(*arguments: Any) -> Any:
+            run = bind(*arguments)
+            return lambda grads: (run(grads), self.calls.append(run))
+
+        with patch.object(native, "bind", noted):
+            yield

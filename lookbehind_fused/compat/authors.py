@@ -1,32 +1,19 @@
-"""The constructor forms that people already use, over this library's passes: a script changes its import line alone.
-
-The form of the authors of Lookbehind-SAM, around a torch optimizer and a model (the two spellings are one class)::
-
-    from lookbehind_fused.compat import ASAM, SAM, Lookbehind_ASAM, Lookbehind_SAM, LookbehindASAM, LookbehindSAM
-
-The form of the popular single-file port of SAM and of the optimizer collections, a torch optimizer::
-
-    from lookbehind_fused.compat import SingleFileSAM as SAM
-"""
+"""The form of the authors of Lookbehind-SAM: around a torch optimizer and a model."""
 
 from __future__ import annotations
 
 import numbers
-from collections.abc import Callable, Iterator, Mapping
-from itertools import chain
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.optimizer import ParamsT
 
-from . import family
-from .arguments import check_bool, check_group, check_int, is_number, name_of, weights_of, wrong
-from .evaluations import Evaluation
-from .optimizer import Lookbehind
-
-# ---- the authors' form -----------------------------------------------------------------------------------------------
+from ..arguments import check_group, check_int, is_number, weights_of, wrong
+from ..family import refuse
+from ..optimizer import Lookbehind
+from ..tensors import name_of, tensors_of
 
 
 class AuthorsForm:
@@ -82,7 +69,7 @@ class AuthorsForm:
     def _build(self, optimizer: Optimizer, model: nn.Module, rho: float, eta: float, **settings: Any) -> None:
         if not isinstance(optimizer, Optimizer):
             raise TypeError(f"optimizer: expected an instance of a torch optimizer, got {optimizer!r}")
-        family.refuse(self, settings, "microbatches", "ascent_gradient", "reuse_gradient", "alpha_scope", "adaptive")
+        refuse(self, settings, "microbatches", "ascent_gradient", "reuse_gradient", "alpha_scope", "adaptive")
         if not isinstance(model, nn.Module):
             raise TypeError(f"model: expected a torch.nn.Module, got {model!r}")
         self.optimizer, self.model = optimizer, model
@@ -107,7 +94,7 @@ class AuthorsForm:
 
     def _require_of_model(self) -> None:
         of_model = set(self.model.parameters())
-        for index, p in enumerate(chain.from_iterable(group["params"] for group in self.param_groups)):
+        for index, p in enumerate(tensors_of(self.param_groups)):
             if p not in of_model:
                 raise ValueError(f"optimizer: expected parameters of the model only, got {name_of(index, None, p)}")
 
@@ -154,8 +141,8 @@ class AuthorsForm:
 
     def get_current_k(self) -> int:
         """The current inner step: 0 to k_steps - 1, 0 between two outer steps."""
-        remaining = self._lookbehind._remaining
-        return remaining[0].inner_step - 1 if remaining else 0
+        evaluation = self._lookbehind.evaluation
+        return 0 if evaluation is None else evaluation.inner_step - 1
 
     # ---- evaluation and saving ----
 
@@ -167,7 +154,7 @@ class AuthorsForm:
             RuntimeError: they are loaded already.
         """
         self._require_no_backup("_backup_and_load_slow_cache()")
-        slow = self._slow_weights()
+        slow = self._lookbehind.slow_weights()
         self._backup = {p: p.detach().clone() for p in slow}
         for p, weights in slow.items():
             p.copy_(weights)
@@ -190,12 +177,6 @@ class AuthorsForm:
     def _require_no_backup(self, what: str) -> None:
         if self._backup is not None:
             raise RuntimeError(f"{what}: expected after _clear_and_load_backup(), but the slow weights are loaded")
-
-    def _slow_weights(self) -> dict[Tensor, Tensor]:
-        """The slow weights of every tensor that an open step has perturbed: views of the library's buffers."""
-        if self._lookbehind._remaining is None:
-            return {}
-        return {b.params[row]: b.view("slow", row) for b in self._lookbehind._buckets for row in b.joined}
 
     def state_dict(self) -> dict[str, Any]:
         """That of ``Lookbehind``; ``optimizer.state_dict()`` is as good. ``alpha`` is the constructor's.
@@ -286,8 +267,8 @@ class StepState(Mapping):
     """
 
     def __init__(self, minimizer: AuthorsForm) -> None:
-        self._slow = minimizer._slow_weights()
-        self._params = dict.fromkeys(chain.from_iterable(group["params"] for group in minimizer.param_groups))
+        self._slow = minimizer._lookbehind.slow_weights()
+        self._params = dict.fromkeys(tensors_of(minimizer.param_groups))
         self._keeps_slow = isinstance(minimizer, LookbehindForm)
 
     def __getitem__(self, p: Tensor) -> dict[str, Tensor]:
@@ -355,13 +336,12 @@ class LookbehindForm(AuthorsForm):
 
     def descent_step(self) -> None:
         """One step of the base optimizer on the fast weights; the k-th interpolates between slow and fast ones."""
+        moved = {p: p.grad is not None for p in tensors_of(self.param_groups)}
+        moved.update(dict.fromkeys(self._lookbehind.slow_weights(), True))
         super().descent_step()
-        if self._lookbehind._remaining is None:
-            self.tmp_alphas = self._alphas() if self._lookbehind._settings.alpha == "adaptive" else []
-
-    def _alphas(self) -> list[Tensor]:
-        alphas = self.diagnostics["alpha"].unbind()
-        return [alphas[i] for i in sorted(b.indices[row] for b in self._lookbehind._buckets for row in b.joined)]
+        if self._lookbehind.evaluation is None:
+            alphas = self.diagnostics["alpha"]
+            self.tmp_alphas = [a for a, took in zip(alphas, moved.values(), strict=True) if took] if alphas.ndim else []
 
     @property
     def k_steps(self) -> int:
@@ -409,113 +389,3 @@ def _library_alpha(alpha: float) -> float | str:
     if not (is_number(alpha) and (alpha == -1 or 0 < alpha <= 1)):
         raise wrong("alpha", "a number in (0, 1], or -1 for an adaptive one", alpha, (numbers.Real,))
     return "adaptive" if alpha == -1 else alpha
-
-
-# ---- the single-file form --------------------------------------------------------------------------------------------
-
-
-class SingleFileSAM(family.SAM):
-    """SAM (Foret et al. 2021) in the form of the popular single-file port and of the optimizer collections::
-
-        optimizer = SingleFileSAM(model.parameters(), torch.optim.SGD, lr=0.1, momentum=0.9)
-
-        loss_fn(model(inputs), targets).backward()
-        optimizer.first_step(zero_grad=True)
-        loss_fn(model(inputs), targets).backward()
-        optimizer.second_step(zero_grad=True)
-
-    It differs from ``lookbehind_fused.SAM`` by ``step`` and by ``eta``: ASAM's scaling is T = |w| there.
-
-    Args:
-        params, base_optimizer, rho: those of ``Lookbehind``; groups may have their own ``rho`` and ``adaptive``.
-        adaptive: ASAM's scaling of the ascent (Kwon et al. 2021).
-        eta: ASAM's stabilizer.
-        use_gc: centralise the gradient of each ascent (Yong et al. 2020): of tensors with two or more dimensions the
-            mean over all dimensions but the first is taken away. ``.grad`` is then another tensor; the one that was
-            there is not written to. The norm is that of the centralised gradients, so that the perturbation has length
-            rho; where it is taken before they are centralised, as in one collection, the perturbation is shorter.
-        perturb_eps: what is added to the norm elsewhere, in [0, 1e-8]. The kernels add 1e-16 whatever is given, which
-            at a norm of one changes the ascent by 1e-8 of itself at most; more is refused.
-        model, num_data: for callers that give them to every optimizer of a collection; without meaning here.
-        **settings: ``backend``, ``max_grad_norm``, ``nonfinite`` and ``grad_scale`` of ``Lookbehind``, and arguments of
-            the class ``base_optimizer`` (``lr``, ``foreach``, ...).
-
-    Raises:
-        TypeError, ValueError: as ``Lookbehind``.
-    """
-
-    def __init__(
-        self,
-        params: ParamsT | None,
-        base_optimizer: type[Optimizer] | Optimizer,
-        rho: float = 0.05,
-        adaptive: bool = False,
-        *,
-        eta: float = 0.0,
-        use_gc: bool = False,
-        perturb_eps: float = 1e-12,
-        model: nn.Module | None = None,
-        num_data: int | None = None,
-        **settings: Any,
-    ) -> None:
-        check_bool("use_gc", use_gc)
-        if not (is_number(perturb_eps) and 0 <= perturb_eps <= 1e-8):
-            raise wrong("perturb_eps", "a number in [0, 1e-8]", perturb_eps, (numbers.Real,))
-        family.refuse(self, settings, "microbatches", "ascent_gradient")
-        self.use_gc, self.model = use_gc, model
-        super().__init__(params, base_optimizer, rho, adaptive, eta=eta, **settings)
-
-    @property
-    def optimizer(self) -> Optimizer:
-        """The base optimizer."""
-        return self.base_optimizer
-
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
-        """Ascend with the gradients that are there, clear them, call ``closure`` at the perturbed weights, and descend.
-
-        Args:
-            closure: runs forward and backward; called once. The gradients that it leaves are not cleared.
-
-        Returns:
-            What the closure returned.
-
-        Raises:
-            TypeError: there is no closure.
-            RuntimeError: there are no gradients before or after it, or a step is open already.
-
-        Whatever is raised, the weights and the base optimizer's state are as they were before.
-        """
-        self._refuse_grad_scaler()
-        if not callable(closure):
-            raise TypeError(
-                "closure: expected a function that runs forward and backward, since the gradient at the perturbed "
-                f"weights is missing; got {closure!r} (without one: first_step() and second_step())"
-            )
-        self._begin(list(self._plan(reuse_gradient=False).evaluations))
-        try:
-            self._half_step("ascent_step()", "descent_step()", ascends=True)
-            self.zero_grad()
-            with torch.enable_grad():
-                value = closure()
-            self._half_step("descent_step()", "ascent_step()", ascends=False)
-        except BaseException:
-            self.abort_step()
-            raise
-        return value
-
-    def apply(self, evaluation: Evaluation) -> None:
-        """As ``Lookbehind.apply``; not with ``use_gc``, which replaces gradients."""
-        if self.use_gc:
-            raise RuntimeError("apply(): expected use_gc=False, got True; use evaluations() without apply=False")
-        super().apply(evaluation)
-
-    @torch.no_grad()
-    def _use_gradients(self, evaluation: Evaluation) -> None:
-        if self.use_gc and evaluation.ascends:
-            for p in self._tensors.tensors:
-                if p.grad is not None and p.grad.ndim > 1 and p.grad.layout == torch.strided:
-                    p.grad = p.grad - p.grad.mean(dim=tuple(range(1, p.grad.ndim)), keepdim=True)
-        super()._use_gradients(evaluation)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "use_gc": self.use_gc, "model": self.model}

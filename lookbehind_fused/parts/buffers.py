@@ -1,4 +1,4 @@
-"""BatchNorm's running statistics, which perturbed evaluations would otherwise take part in."""
+"""Buffers of the model, such as BatchNorm's running statistics: perturbed evaluations are not to take part in them."""
 
 from __future__ import annotations
 
@@ -9,28 +9,39 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ..open_step import Part
+from ..program import Evaluation
+
 Copies = list[tuple[Tensor, Tensor]]
 
 
-class RunningStats:
-    """The buffers of every ``_BatchNorm`` in a model, classes derived from it included, and copies to put back: of when
-    this was made, and of the last ``keep``.
+class BuffersAtSlow(Part):
+    """The buffers of every ``_BatchNorm`` in a model, classes derived from it included, are those that the evaluations
+    at the slow weights have left.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
+        self.at_first: Copies = []
+        self.kept: Copies = []
+
+    def begin(self) -> None:
+        """Copy the buffers as they are."""
         self.at_first = self.kept = self._copies()
 
-    def keep(self) -> None:
-        """Copy the buffers as they are now."""
-        self.kept = self._copies()
+    def use(self, evaluation: Evaluation) -> None:
+        """Keep what an evaluation at the slow weights has made of them; undo what a perturbed one has."""
+        if evaluation.perturbed:
+            _put_back(self.kept)
+        else:
+            self.kept = self._copies()
 
-    def restore(self) -> None:
-        """Give the buffers the values that they had at the last ``keep``."""
+    def commit(self) -> None:
+        """They are what the evaluations at the slow weights have left."""
         _put_back(self.kept)
 
-    def abandon(self) -> None:
-        """Give the buffers the values that they had at first."""
+    def rollback(self) -> None:
+        """They are what they were at first."""
         _put_back(self.at_first)
 
     @torch.no_grad()
@@ -65,11 +76,12 @@ def running_stats_at_slow(model: nn.Module) -> Iterator[None]:
         TypeError: ``model`` is not a module.
     """
     check_model(model)
-    stats = RunningStats(model)
+    buffers = BuffersAtSlow(model)
+    buffers.begin()
     try:
         yield
     finally:
-        stats.restore()
+        buffers.rollback()
 
 
 def check_model(model: nn.Module) -> None:

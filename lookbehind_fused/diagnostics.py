@@ -1,0 +1,42 @@
+"""Figures of a step, as tensors on the parameters' device; finding them waits for nothing."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .arguments import Settings
+from .kernels.contract import Hyper
+from .kernels.reference import adaptive_alpha, finite, total_norm
+from .open_step import OpenStep
+
+
+def figures(step: OpenStep, settings: Settings, tensors: int, grad_scale: float | Tensor) -> dict[str, Tensor]:
+    """``Lookbehind.diagnostics`` of a step that is complete.
+
+    Args:
+        tensors: how many parameters the optimizer has. grad_scale: what gradients are divided by.
+    """
+    bucket, program = step.buckets[0], step.program
+    squares = step.norms.squares[bucket.device]
+    grad_norm = total_norm(squares[0], 1)
+    if isinstance(grad_scale, Tensor) or grad_scale != 1:
+        grad_norm = grad_norm * bucket.hyper[0, Hyper.UNSCALE].to(bucket.device, non_blocking=True)
+    skipped = torch.zeros((), dtype=torch.int64, device=bucket.device)
+    if settings.skips:  # a recalled gradient was counted in its own step
+        skipped = (~finite(torch.stack(squares[int(program.recalls) : len(program.evaluations)]))).sum()
+    return {"grad_norm": grad_norm, "alpha": _alpha(step, settings, tensors), "skipped": skipped}
+
+
+def _alpha(step: OpenStep, settings: Settings, tensors: int) -> Tensor:
+    device = step.buckets[0].device
+    adaptive, aligns = settings.alpha == "adaptive", step.program.descents > 1
+    if not adaptive or (settings.alpha_scope == "global" and not aligns):
+        return torch.full((), settings.static_alpha, dtype=torch.float64, device=device)
+    if settings.alpha_scope == "global":
+        return adaptive_alpha(step.norms.sums[device].sum(0))
+    alpha = torch.full((tensors,), torch.nan, dtype=torch.float64, device=device)
+    for bucket in step.buckets:
+        of_bucket = adaptive_alpha(bucket.sums) if aligns else torch.ones_like(bucket.sums[:, 0])
+        alpha[bucket.indices] = of_bucket.to(device, non_blocking=True)
+    return alpha

@@ -1,0 +1,208 @@
+"""The loop: how steps are prepared, driven and settled, whatever form they are asked for in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from itertools import chain
+from operator import attrgetter
+from typing import Any
+from weakref import ref
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
+
+from .arguments import Settings, check_grad_scale, check_stats
+from .checkpoint import Saved
+from .open_step import DONE, OPEN, OpenStep, Part
+from .parts.buffers import BuffersAtSlow
+from .parts.own_step import OwnStep
+from .parts.previous import PreviousGradients
+from .prepare import Prepared
+from .program import Evaluation, Program
+from .rules import NO_RULE
+
+TRIES = 10  # at settling a step, each of which an interrupt may end
+
+
+class Loop(Saved):
+    """What ``Lookbehind`` has to run its steps with."""
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if "base_optimizer" not in state:
+            return
+        self._previous = PreviousGradients(state.get("previous", {}))
+        self._prepared = Prepared(self.base_optimizer, self.defaults)
+        self._read_settings = attrgetter(*self.SETTINGS)
+        self._checked: tuple | None = None  # the settings that were found acceptable
+        self._scale_checked: float | Tensor | None = None
+        self._programs: dict[bool, Program] = {}
+        self._open: OpenStep | None = None
+        self._last: tuple[OpenStep, Settings, float | Tensor] | None = None  # complete, with what it was run with
+        self._around: ref[Any] | None = None  # Lookahead
+
+    def program(self, reuse_gradient: bool) -> Program:
+        """What one outer step does."""
+        raise NotImplementedError
+
+    def require_closed(self, what: str) -> None:
+        """Refuse to do ``what`` while the weights are perturbed.
+
+        Raises:
+            RuntimeError: an outer step is open.
+        """
+        if self._open is not None:
+            raise RuntimeError(
+                f"{what}: expected no open step, but the weights are those of an evaluation; complete the step, or "
+                "restore them with abort_step()"
+            )
+
+    def _check(self) -> None:
+        """Refuse a step that cannot begin, before anything else happens.
+
+        Raises:
+            RuntimeError: a step is open.
+            TypeError, ValueError: a setting has become what it cannot be.
+        """
+        if self._open is not None:
+            self.require_closed("a new step")
+        settings = self._read_settings(self)
+        if settings != self._checked:
+            self._checked = None
+            self.check_settings(self.settings())
+            self._programs = {reuse: self.program(reuse) for reuse in (True, False)}
+            self._settings = Settings(*settings[: len(Settings._fields)])
+            self._checked = settings
+        if self.grad_scale is not self._scale_checked:
+            check_grad_scale(self.grad_scale)
+            self._scale_checked = self.grad_scale
+        if self.running_stats_at_slow is not None:
+            check_stats(self.running_stats_at_slow, self.ascent_gradient)
+
+    def _prepare(self, reuse_gradient: bool, by_halves: bool = False) -> OpenStep:
+        """A step that has not begun. Nothing that could not be prepared again is written."""
+        self._check()
+        program, settings, prepared = self._programs[reuse_gradient], self._settings, self._prepared
+        prepared.for_step(program, settings, self.grad_scale, self.backend)
+        parts: list[Part] = []
+        if self.running_stats_at_slow is not None:
+            parts.append(BuffersAtSlow(self.running_stats_at_slow))
+        if program.recalls:
+            self._previous.params = prepared.tensors
+            parts.append(self._previous)
+        around = None if self._around is None else self._around()
+        if around is not None:
+            parts.append(around.part())
+        own_step = None
+        if prepared.rule is NO_RULE:
+            own_step = OwnStep(self.base_optimizer, settings, self.grad_scale)
+            parts.append(own_step)
+        return OpenStep(program, prepared.buckets, prepared.norms, parts, own_step, by_halves)
+
+    @torch.no_grad()
+    def _begin(self, step: OpenStep, uses: bool) -> None:
+        self._open = step
+        step.begin()
+        if not uses:
+            for bucket in step.buckets:
+                bucket.keep_slow()
+        if step.program.recalls:
+            step.recall(self._previous.of_now())
+
+    def _evaluate(self, step: OpenStep, uses: bool = True) -> Iterator[Evaluation]:
+        """The evaluations of a step that has not begun; ``uses``: what follows each is done here."""
+        tensors = self._prepared.tensors
+        try:
+            try:
+                self._begin(step, uses)
+                for evaluation in step.program.evaluations[step.position :]:
+                    for p in tensors:
+                        p.grad = None
+                    yield evaluation
+                    if self._open is not step:
+                        raise RuntimeError(
+                            f"evaluation {evaluation.index}: expected an open step, but abort_step() ended it"
+                        )
+                    with torch.no_grad():
+                        step.use() if uses else step.applied(evaluation)
+                self._complete(step)
+            except BaseException:
+                self._settle(step)
+                raise
+        finally:
+            if self._open is step:  # an interrupt came while another was settled
+                self._settle(step)
+
+    def _complete(self, step: OpenStep) -> None:
+        """After the last evaluation."""
+        step.commit()
+        self._closed(step)
+
+    @torch.no_grad()
+    def _use_half(self, step: OpenStep) -> None:
+        if step is not self._open:
+            self._begin(step, uses=True)
+        step.use()
+        if step.position == len(step.program.evaluations):
+            self._complete(step)
+
+    def _half_step(self, name: str, other: str, *, ascends: bool) -> None:
+        step = self._open
+        if step is None or step.phase != OPEN or not step.by_halves:
+            now = "no step is open" if step is None else "step(closure) or evaluations() is running"
+            raise RuntimeError(f"{name}: expected after {other}, but {now}")
+        if step.due.ascends != ascends:
+            raise RuntimeError(
+                f"{name}: expected {other} next, at inner step {step.due.inner_step} of {self.k}; abort_step() "
+                "abandons the step"
+            )
+        self._guarded(step, self._use_half, step)
+
+    def _guarded(self, step: OpenStep, do: Callable[..., Any], *arguments: Any) -> Any:
+        """Do something within a step; whatever is raised settles it."""
+        try:
+            try:
+                return do(*arguments)
+            except BaseException:
+                self._settle(step)
+                raise
+        except BaseException:  # an interrupt that came while another was settled
+            self._settle(step)
+            raise
+
+    def _settle(self, step: OpenStep) -> None:
+        """Undo or complete a step if it is still open, whatever else comes in between."""
+        interrupt: BaseException | None = None
+        for _ in range(TRIES):
+            if self._open is not step:
+                break
+            try:
+                step.settle()
+                self._closed(step)
+            except BaseException as error:
+                interrupt = error
+        if interrupt is not None:
+            raise interrupt
+
+    def _closed(self, step: OpenStep) -> None:
+        """A step has been undone or completed."""
+        self._last = None
+        if step.phase == DONE:
+            if step.published:
+                self._prepared.see_state()
+            if not step.program.recalls and self._previous.kept:
+                self._previous.kept = {}
+            self._last = step, self._settings, self.grad_scale
+            self._opt_called = self.base_optimizer._opt_called = True  # LR schedulers look for it
+        self._open = None
+
+    # ---- hooks: torch runs them around step(); the other forms of a step run them here ----
+
+    def _run_pre_hooks(self) -> None:
+        for hook in chain(_global_optimizer_pre_hooks.values(), self._optimizer_step_pre_hooks.values()):
+            hook(self, (), {})
+
+    def _run_post_hooks(self) -> None:
+        for hook in chain(self._optimizer_step_post_hooks.values(), _global_optimizer_post_hooks.values()):
+            hook(self, (), {})

@@ -1,0 +1,40 @@
+"""What buckets tell one another: sums of squares, alignment sums, and what the host may ask of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+
+class Norms:
+    """The sums of all buckets, in device memory; row b of each tensor is written by bucket b.
+
+    Args:
+        devices: of each bucket. slots: how many gradients and means of a step have a norm.
+
+    Attributes:
+        squares: per device, for each slot float64 of shape (buckets, 2): the sums of squares of T g and of g.
+        sums: per device, float64 of shape (buckets, 3): the alignment sums.
+    """
+
+    def __init__(self, devices: Sequence[torch.device], slots: int) -> None:
+        self.devices, self.slots = devices, slots
+        shape = (slots, len(devices), 2)
+        self.squares = {d: torch.zeros(shape, dtype=torch.float64, device=d).unbind() for d in set(devices)}
+        self.sums = {d: torch.zeros(shape[1], 3, dtype=torch.float64, device=d) for d in set(devices)}
+
+    def share_squares(self, slot: int) -> None:
+        """Give every device every bucket's sums of squares of a slot."""
+        if len(self.sums) > 1:
+            self._share({device: squares[slot] for device, squares in self.squares.items()})
+
+    def share_sums(self) -> None:
+        """Give every device every bucket's alignment sums."""
+        self._share(self.sums)
+
+    def _share(self, rows: Mapping[torch.device, Tensor]) -> None:
+        for number, owner in enumerate(self.devices):
+            for device in rows.keys() - {owner}:
+                rows[device][number].copy_(rows[owner][number], non_blocking=True)

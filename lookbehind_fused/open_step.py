@@ -1,0 +1,223 @@
+"""The open step: begin, use, commit, rollback, over buckets and whoever else takes part.
+
+A step is in one of four phases. IDLE: nothing has been written. OPEN: all can be undone. CLOSING: the last passes have
+begun, all can be done again. DONE. The phase is one attribute, so that going from OPEN to CLOSING is one bytecode.
+Undoing and doing again may themselves be repeated. So an interrupt at any bytecode finds the old values or leaves the
+new ones: ``settle`` does whichever is due.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .buckets import Bucket
+from .norms import Norms
+from .program import BETWEEN, KEPT, Evaluation, Program
+
+IDLE, OPEN, CLOSING, DONE = range(4)
+TRIES = 3  # at the last calls, which fail by themselves, or because a signal's handler raises in between
+
+Gathered = list[tuple[list, Sequence[Any]]]
+"""For each bucket its bound calls and the gradients to call them with."""
+
+
+class Part:
+    """Whoever has something to put back. Each verb may be called again after an interrupt."""
+
+    def begin(self) -> None:
+        """The step begins; may refuse it, in which case it writes nothing."""
+
+    def use(self, evaluation: Evaluation) -> None:
+        """An evaluation has been used."""
+
+    def commit(self) -> None:
+        """The step happens: from now on it is done again, not undone."""
+
+    def rollback(self) -> None:
+        """The step does not happen: all is to be what it was before ``begin``."""
+
+
+class OpenStep:
+    """One outer step.
+
+    Args:
+        program: what it evaluates and what follows.
+        buckets, norms: what it moves.
+        parts: who else takes part; ``own_step`` too, where the base optimizer runs its own (``parts.own_step``).
+        by_halves: it is driven by ``ascent_step()`` and ``descent_step()``.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        buckets: list[Bucket],
+        norms: Norms,
+        parts: Sequence[Part],
+        own_step: Any = None,
+        by_halves: bool = False,
+    ) -> None:
+        self.program, self.buckets, self.norms = program, buckets, norms
+        self.parts, self.own_step, self.by_halves = parts, own_step, by_halves
+        self.phase = IDLE
+        self.position = int(program.recalls)  # of the evaluation that is due
+        self.final: tuple[int, Gathered] | None = None  # the first of the last calls, while they run, and its gradients
+        self.published = False  # whether state has appeared in the base's
+
+    @property
+    def due(self) -> Evaluation:
+        """The evaluation whose gradient is used next."""
+        return self.program.evaluations[self.position]
+
+    def begin(self) -> None:
+        """Nothing is written yet but what ``rollback`` can undo."""
+        for bucket in self.buckets:
+            bucket.open()
+        self.phase = OPEN
+        for part in self.parts:
+            part.begin()
+
+    def recall(self, previous: Mapping[Tensor, Tensor]) -> None:
+        """The calls after evaluation 0, with gradients that have been kept in the place of new ones."""
+        if previous:
+            self._run(0, [bucket.gather(0, previous) for bucket in self.buckets])
+        else:
+            for squares in self.norms.squares.values():
+                squares[0].zero_()
+
+    def use(self) -> None:
+        """The calls that follow the evaluation that is due, with the gradients that are there.
+
+        Raises:
+            RuntimeError: there is none, or one that a pass cannot take, or a parameter was moved.
+        """
+        evaluation = self.program.evaluations[self.position]
+        gathered, reached = [], False
+        for bucket in self.buckets:
+            if evaluation.closes:  # passes reach parameters by address, in memory that is kept until then
+                bucket.require_unmoved()
+            gathered.append(bucket.gather(evaluation.index))
+            reached |= bucket.reached
+        if not reached:
+            raise RuntimeError(
+                f"evaluation {evaluation.index}: expected a backward that gives parameters their gradients, but none "
+                "has one"
+            )
+        if evaluation.closes and len(gathered) > 1:  # a bucket is not to be refused after another has written
+            self._check(gathered)
+        self._run(evaluation.index, gathered)
+        for part in self.parts:
+            part.use(evaluation)
+        self.position += 1
+
+    def apply(self, evaluation: Evaluation) -> None:
+        """As ``use``, in a form that compiles: all gradients have to be there, and only tensors are written."""
+        gathered = [(b.bound[evaluation.index], [p.grad for p in b.params]) for b in self.buckets]
+        for place, call in enumerate(self.buckets[0].calls[evaluation.index]):
+            if call.op in BETWEEN:
+                self._between(call, gathered)
+            else:
+                for bound, grads in gathered:
+                    bound[place](grads)
+
+    def check_applicable(self) -> None:
+        """Refuse what ``apply`` cannot be given.
+
+        Raises:
+            RuntimeError: a gradient is missing, or a parameter was moved.
+        """
+        for bucket in self.buckets:
+            bucket.require_unmoved()
+            for p, name in zip(bucket.params, bucket.names, strict=True):
+                if p.grad is None:
+                    raise RuntimeError(f"{name}: expected a gradient at every evaluation of apply(), got none")
+
+    def applied(self, evaluation: Evaluation) -> None:
+        """After ``apply``."""
+        self.check_applicable()
+        if evaluation.closes:
+            self.phase = CLOSING
+        for part in self.parts:
+            part.use(evaluation)
+        self.position += 1
+
+    def _run(self, index: int, gathered: Gathered) -> None:
+        """Every bucket finishes a call before any begins the next."""
+        calls = self.buckets[0].calls[index]
+        try:
+            for place, call in enumerate(calls):
+                if call.final and self.phase == OPEN:
+                    self.final = place, gathered
+                    self.phase = CLOSING
+                if call.op in BETWEEN:
+                    self._between(call, gathered)
+                else:
+                    for bound, grads in gathered:
+                        bound[place](grads)
+        except Exception:
+            self._check(gathered)
+            raise
+        self.final = None
+
+    def _check(self, gathered: Gathered) -> None:
+        for bucket, (_, grads) in zip(self.buckets, gathered, strict=True):
+            bucket.check(grads)
+
+    def _between(self, call: Any, gathered: Gathered) -> None:
+        if call.op == "own_step":
+            self.own_step.run(call, [grads for _, grads in gathered], self.buckets)
+        elif call.op == "share_squares":
+            self.norms.share_squares(call.slot)
+        else:
+            self.norms.share_sums()
+
+    def commit(self) -> None:
+        """All calls have run: the step happens."""
+        for bucket in self.buckets:
+            self.published |= bucket.commit()
+        for part in self.parts:
+            part.commit()
+        self.phase = DONE
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Undo the step, or complete it where the last calls have begun, unless one of these cannot be."""
+        for _ in range(TRIES if self.phase == CLOSING else 0):
+            try:
+                self._run_final()
+                self.commit()
+                return
+            except Exception:  # of the call itself, or of the handler of a signal
+                continue
+        if self.phase in (OPEN, CLOSING):
+            for part in reversed(self.parts):
+                part.rollback()
+            for bucket in self.buckets:
+                bucket.rollback()
+            self.phase = IDLE
+
+    def _run_final(self) -> None:
+        """Run the last calls again, if they have not all run. With several descents none of them reads what it writes,
+        nor what a later one does; with a single one, which moves the state in place, it notes that it has run.
+        """
+        if self.final is None:
+            return
+        start, gathered = self.final
+        for place, call in enumerate(self.buckets[0].calls[-1][start:], start):
+            if call.op in BETWEEN:
+                self._between(call, gathered)
+                continue
+            for bucket, (bound, grads) in zip(self.buckets, gathered, strict=True):
+                if self.program.descents > 1 or not bucket.done[call.cell]:
+                    bound[place](grads)
+        self.final = None
+
+    # ---- what others may see ----
+
+    def slow_weights(self) -> dict[Tensor, Tensor]:
+        """Of each tensor that has been moved its slow weights: views of the buckets' memory."""
+        kept = [bucket for bucket in self.buckets if bucket.done[KEPT]]
+        return {b.params[row]: b.view("slow", row) for b in kept for row in b.joined}

@@ -1,0 +1,40 @@
+"""Free ascent: the gradients of a step's last evaluation, kept for the first ascent of the next step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..open_step import Part
+from ..tensors import layout
+
+
+class PreviousGradients(Part):
+    """Copies of the last gradients.
+
+    Attributes:
+        kept: by parameter; empty before the first step.
+        params: the parameters of the step that is open.
+    """
+
+    def __init__(self, kept: dict[Tensor, Tensor]) -> None:
+        self.kept = kept
+        self.params: Sequence[Tensor] = ()
+
+    def of_now(self) -> dict[Tensor, Tensor]:
+        """Those of parameters that are still trained, where these are now."""
+        return {p: g if g.device == p.device else g.to(p.device) for p, g in self.kept.items() if p.requires_grad}
+
+    @torch.no_grad()
+    def commit(self) -> None:
+        """Keep a copy of the gradients that are there."""
+        grads = {p: p.grad for p in self.params if p.grad is not None}
+        kept = {p: self.kept.get(p) for p in grads}
+        for p, g in grads.items():
+            if kept[p] is None or layout(kept[p]) != layout(g):
+                kept[p] = torch.empty_like(g)
+        if grads:
+            torch._foreach_copy_([*kept.values()], [*grads.values()])
+        self.kept = kept

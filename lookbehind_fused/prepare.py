@@ -1,0 +1,162 @@
+"""What steps run on, brought up to date with everything that may have been changed between two of them."""
+
+from __future__ import annotations
+
+from itertools import count
+from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from . import kernels
+from .arguments import GROUP_DEFAULTS, Settings, adaptive_by_tensor, check_group
+from .buckets import Bucket, Member
+from .kernels.contract import Hyper
+from .norms import Norms
+from .parts.own_step import require_no_other_hold
+from .program import Program
+from .rules import NO_RULE, rule_of
+from .tensors import check_parameters, describe, layout, params_and_names, tensors_of, trained
+from .watch import Watch
+
+
+class Prepared:
+    """The buckets and norms of an optimizer.
+
+    Args:
+        base: the base optimizer, whose groups and state are the optimizer's.
+        defaults: what a group gets where it has no such setting.
+
+    Attributes:
+        tensors: all parameters, in the order of the groups.
+    """
+
+    def __init__(self, base: Optimizer, defaults: dict[str, Any]) -> None:
+        self.base, self.rule, self.defaults = base, rule_of(base), defaults
+        self.buckets: list[Bucket] = []
+        self.tensors: list[Tensor] = []
+        self._watch: Watch | None = None
+        self._backend = ""
+        self._found: list[tuple] = []  # tensors and what decides in which bucket they are
+        self._groups: list[dict[str, Any]] = []
+        self._bound: tuple[Program, Settings] | None = None  # what the calls have been bound for
+        self._numbers: tuple | None = None  # what ``hyper`` has been made of
+
+    def for_step(self, program: Program, settings: Settings, grad_scale: float | Tensor, backend: str) -> None:
+        """Bring everything up to date.
+
+        Raises:
+            RuntimeError: a parameter was replaced by one of another shape, dtype or device, or none is trained.
+            TypeError, ValueError: a group's settings, a parameter, the base's state or the backend is not acceptable.
+        """
+        if self.rule is not NO_RULE and (self.base._optimizer_step_pre_hooks or self.base._optimizer_step_post_hooks):
+            raise RuntimeError(
+                f"base_optimizer: its step() is never called, since {type(self.base).__name__} is fused, so its step "
+                "hooks would not run; expected none, register them on Lookbehind"
+            )
+        watch = self._watch
+        if watch is None or backend != self._backend or not watch.same_tensors(self.base.param_groups):
+            self._follow(backend)
+            watch = self._watch
+        if (program, settings) != self._bound:
+            self._bind(program, settings)
+        self._read_numbers(program, settings, grad_scale)
+        if not watch.same_state(self.base.state):
+            for bucket in self.buckets:
+                bucket.adopt_state()
+            watch.see_state(self.base.state)
+
+    def see_state(self) -> None:
+        """State of the buckets' own has appeared in the base's."""
+        self._watch.see_state(self.base.state)
+
+    def _follow(self, backend: str) -> None:
+        """Tensors, groups, or what decides which bucket a tensor is in, may have changed."""
+        groups = self.base.param_groups
+        self._watch = None
+        for number, group in enumerate(groups):
+            for name in (*GROUP_DEFAULTS, *self.rule.reads):
+                group.setdefault(name, self.defaults[name])
+            check_group(group, f"param_groups[{number}]")
+        self._require_same_layouts()
+        params, names = params_and_names(groups)
+        check_parameters(params, names)
+        members = self._members(names)
+        found = [(kind, m.tensor, layout(m.tensor), number) for kind, ms in members.items() for m, number in ms]
+        if backend == self._backend and _same(found, self._found) and _same(groups, self._groups):
+            for bucket in self.buckets:
+                bucket.point()
+        else:
+            self._build(members, backend)
+        self._found, self._groups, self._backend = found, [*groups], backend
+        self.tensors = tensors_of(groups)
+        self._watch = Watch(groups, self.rule)  # last: what an interrupt leaves half done is done again
+
+    def _require_same_layouts(self) -> None:
+        of_now = {*map(id, tensors_of(self.base.param_groups))}
+        for bucket in self.buckets:
+            for p, name, before in zip(bucket.params, bucket.names, bucket.layouts, strict=True):
+                if id(p) in of_now and layout(p)[:3] != before[:3]:
+                    raise RuntimeError(
+                        f"{name} was replaced between two steps: expected {describe(*before[:3])}, got "
+                        f"{describe(*layout(p)[:3])}; build a new optimizer for the changed model"
+                    )
+
+    def _members(self, names: list[str]) -> dict[tuple, list[tuple[Member, int]]]:
+        """By what is the same in a bucket, its tensors, each with the number of its group."""
+        members: dict[tuple, list[tuple[Member, int]]] = {}
+        index = count()
+        for number, group in enumerate(self.base.param_groups):
+            switches = self.rule.id(group), self.rule.flags(group), self.rule.derives(group)
+            for p, adaptive in zip(group["params"], adaptive_by_tensor(group), strict=True):
+                i = next(index)
+                if trained(p):
+                    of_kind = members.setdefault((p.device, p.dtype, adaptive, *switches), [])
+                    row = of_kind[-1][0].group + (of_kind[-1][1] != number) if of_kind else 0
+                    of_kind.append((Member(i, names[i], p, row), number))
+        if not members:
+            raise RuntimeError("no parameter requires a gradient: expected at least one")
+        return members
+
+    def _build(self, members: dict[tuple, list[tuple[Member, int]]], backend: str) -> None:
+        if self.rule is NO_RULE:
+            require_no_other_hold(self.base, tensors_of(self.base.param_groups))
+        groups, built = self.base.param_groups, []
+        for (device, _, adaptive, *_), of_kind in members.items():
+            own = {f"param_groups[{number}]": groups[number] for _, number in of_kind}
+            backend_of_device = kernels.resolve(backend, device)
+            built.append(
+                Bucket(len(built), [m for m, _ in of_kind], own, adaptive, self.base, self.rule, backend_of_device)
+            )
+        self.buckets, self.norms = built, Norms([bucket.device for bucket in built], 0)
+        self._numbers = self._bound = None
+
+    def _bind(self, program: Program, settings: Settings) -> None:
+        """Have norms for the program, and its calls bound."""
+        self._bound = None
+        if program.slots > self.norms.slots:
+            self.norms = Norms(self.norms.devices, program.slots)
+        for bucket in self.buckets:
+            bucket.bind(program, settings, self.norms, len(self.buckets) == 1)
+        self._bound = program, settings
+
+    def _read_numbers(self, program: Program, settings: Settings, grad_scale: float | Tensor) -> None:
+        """Bring the buckets' numbers up to date with the groups and the settings."""
+        scaled_on_device = isinstance(grad_scale, Tensor)
+        values = self._watch.values
+        now = values, settings, program.gathered, None if scaled_on_device else grad_scale
+        if now != self._numbers:
+            for bucket in self.buckets:
+                bucket.read_numbers(settings, program.gathered, grad_scale)
+            in_place = any(isinstance(value, Tensor) for of_group in values for value in of_group)
+            self._numbers = None if in_place else now
+        if scaled_on_device:
+            for bucket in self.buckets:
+                bucket.hyper[:, Hyper.UNSCALE] = grad_scale.detach().reshape(()).double().reciprocal()
+
+
+def _same(a: list, b: list) -> bool:
+    """Whether two lists hold the same: tensors and groups by identity, all else by value."""
+    if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
+        return len(a) == len(b) and all(map(_same, a, b))
+    return a is b if isinstance(a, (Tensor, dict)) else a == b

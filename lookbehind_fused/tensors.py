@@ -1,0 +1,132 @@
+"""The gate where parameters and gradients become plain memory: what is accepted, its layout, its name in messages."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from itertools import chain, pairwise
+from operator import attrgetter
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+ROUNDED = (torch.bfloat16, torch.float16)
+"""Dtypes of parameters that are the rounded image of what is computed in float32."""
+
+gradient_of = attrgetter("grad")
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """In which parameters of a dtype are computed, and their buffers are kept."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def trained(p: Tensor) -> bool:
+    """Whether a step may move a tensor."""
+    return p.requires_grad or p.grad is not None
+
+
+def tensors_of(groups: Iterable[dict[str, Any]]) -> list[Tensor]:
+    """All parameters of an optimizer in the order of its groups."""
+    return [*chain.from_iterable([group["params"] for group in groups])]
+
+
+def params_and_names(groups: Iterable[dict[str, Any]]) -> tuple[list[Tensor], list[str]]:
+    """All parameters of an optimizer in the order of its groups, and what each is called in messages."""
+    params, names = [], []
+    for group in groups:
+        known = group.get("param_names") or [None] * len(group["params"])
+        for p, name in zip(group["params"], known, strict=True):
+            names.append(name_of(len(params), name, p))
+            params.append(p)
+    return params, names
+
+
+def check_parameters(params: Sequence[Tensor], names: Sequence[str]) -> None:
+    """Refuse what the kernels cannot take.
+
+    Raises:
+        ValueError: a parameter is lazy, complex, sparse, on the meta device, a wrapper subclass (such as DTensor), of a
+            floating dtype other than float64, float32, bfloat16 and float16, not dense, or overlaps another one in
+            memory.
+    """
+    for p, name in zip(params, names, strict=True):
+        if torch.nn.parameter.is_lazy(p):
+            raise ValueError(
+                f"{name}: expected an initialized parameter, got {type(p).__name__}; run the model once first"
+            )
+        reason = _unsuitable(p)
+        if reason:
+            raise ValueError(f"{name}: expected {reason}, got {describe(*layout(p)[:3])}, strides {_strides(p)}")
+    _check_overlap(params, names)
+
+
+def _unsuitable(p: Tensor) -> str | None:
+    """What was expected of a parameter that is not acceptable."""
+    if is_traceable_wrapper_subclass(p):
+        return f"a plain tensor, not a {type(p).__name__}"
+    if p.layout != torch.strided:
+        return f"a dense tensor, not one of layout {p.layout}"
+    if p.is_meta:
+        return "a tensor with memory, not on the meta device"
+    if p.is_complex():
+        return "a real tensor"
+    if p.is_floating_point() and p.dtype not in DTYPES:
+        return "dtype " + ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+    if not _is_dense(p):
+        return "a tensor whose elements fill its memory once, without gaps or overlap"
+    return None
+
+
+def _check_overlap(params: Sequence[Tensor], names: Sequence[str]) -> None:
+    spans = sorted(
+        (str(p.device), p.data_ptr(), p.data_ptr() + p.numel() * p.element_size(), i)
+        for i, p in enumerate(params)
+        if p.numel()
+    )
+    for (device, _, end, i), (next_device, start, _, j) in pairwise(spans):
+        if device == next_device and start < end:
+            first, second = sorted((i, j))
+            same = "is the same tensor as" if params[i] is params[j] else "overlaps in memory with"
+            raise ValueError(
+                f"{names[second]} {same} {names[first]}: expected every parameter to have memory of its own"
+            )
+
+
+def memory_order(x: Tensor) -> tuple[int, ...] | None:
+    """The strides of all dimensions of more than one element; None if the elements do not fill the memory once."""
+    sizes_and_strides = [(stride, size) for stride, size in zip(x.stride(), x.shape, strict=True) if size != 1]
+    expected = 1
+    for stride, size in sorted(sizes_and_strides):
+        if stride != expected and x.numel():
+            return None
+        expected *= size
+    return tuple(stride for stride, _ in sizes_and_strides)
+
+
+def _is_dense(x: Tensor) -> bool:
+    return memory_order(x) is not None
+
+
+def layout(p: Tensor) -> tuple:
+    """Shape, dtype, device and strides of a tensor."""
+    return p.shape, p.dtype, p.device, p.stride() if p.layout == torch.strided else ()
+
+
+def _strides(p: Tensor) -> tuple[int, ...] | str:
+    return p.stride() if p.layout == torch.strided else "none"
+
+
+def describe(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> str:
+    """A tensor in words."""
+    return f"shape {tuple(shape)}, {str(dtype).removeprefix('torch.')}, {device}"
+
+
+def name_of(index: int, name: str | None, p: Tensor) -> str:
+    """What a tensor is called in messages: its index in the optimizer, its name if known, shape and dtype."""
+    known = f" {name!r}" if name else ""
+    if torch.nn.parameter.is_lazy(p):
+        return f"parameter {index}{known}"
+    return f"parameter {index}{known} (shape {tuple(p.shape)}, {str(p.dtype).removeprefix('torch.')})"

@@ -1,0 +1,79 @@
+"""What has changed since the last step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from copy import deepcopy
+from itertools import chain
+from operator import is_, itemgetter
+from typing import Any
+
+from torch import Tensor
+
+from .rules import Rule
+from .tensors import tensors_of, trained
+
+_members, _adaptive = itemgetter("params"), itemgetter("adaptive")
+
+
+def _switches(group: Mapping[str, Any], rule: Rule) -> tuple:
+    """What another kind of bucket is for."""
+    return rule.id(group), rule.flags(group), rule.derives(group)
+
+
+class Watch:
+    """What the groups and their tensors were when a step began, by identity and by address.
+
+    Everything is held, so that an identity is not used again.
+
+    Attributes:
+        tensors: all parameters, in the order of the groups.
+        values: of each group the settings that the kernels are given numbers of.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]], rule: Rule) -> None:
+        self.rule, self.groups = rule, [*groups]
+        self._read = itemgetter("rho", "eta", *rule.reads)
+        self.tensors = tensors_of(groups)
+        self.addresses = [*map(Tensor.data_ptr, self.tensors)]
+        self._strides = [*map(Tensor.stride, self.tensors)]
+        self._scaled = deepcopy([*map(_adaptive, groups)])  # a list may be changed in place
+        self._others = [p for p in self.tensors if not trained(p)]
+        self._kinds = [_switches(group, rule) for group in groups]
+        self.values = [*map(self._read, groups)]
+        self._state: list[int] | None = None
+
+    def same_tensors(self, groups: list[dict[str, Any]]) -> bool:
+        """Whether all tensors are where they were, in their groups, and no setting has come that another kind of bucket
+        is for. Brings ``values`` up to date on the way.
+        """
+        try:
+            values, scaled = [*map(self._read, groups)], [*map(_adaptive, groups)]
+        except KeyError:  # a group was replaced by one without this library's settings
+            return False
+        tensors = [*chain.from_iterable(map(_members, groups))]
+        if not (
+            len(groups) == len(self.groups)
+            and all(map(is_, groups, self.groups))
+            and len(tensors) == len(self.tensors)
+            and all(map(is_, tensors, self.tensors))
+            and scaled == self._scaled
+            and [*map(Tensor.data_ptr, tensors)] == self.addresses
+            and [*map(Tensor.stride, tensors)] == self._strides
+            and not (self._others and any(map(trained, self._others)))
+        ):
+            return False
+        if values == self.values:
+            return True
+        self.values = values
+        return [_switches(group, self.rule) for group in groups] == self._kinds
+
+    def same_state(self, state: Mapping[Tensor, dict[str, Any]]) -> bool:
+        """Whether the base's state consists of the same objects as at the last ``see_state``: what was replaced,
+        loaded, added or removed shows here.
+        """
+        return [*map(id, chain.from_iterable(map(dict.values, state.values())))] == self._state
+
+    def see_state(self, state: Mapping[Tensor, dict[str, Any]]) -> None:
+        """The state has been adopted. (The buckets hold its tensors.)"""
+        self._state = [*map(id, chain.from_iterable(map(dict.values, state.values())))]
