@@ -1,7 +1,7 @@
 """The library over a torch optimizer, beside Algorithm 1 over another optimizer of the same class.
 
-Whatever a test changes about ``optimizer`` between two steps, it changes about ``other``, which torch alone runs. So what
-the change has to mean is what it means with torch.
+Whatever a test changes about ``optimizer`` between two steps, it changes about ``other``, which torch alone runs. So
+what the change has to mean is what it means with torch.
 """
 
 from collections.abc import Callable, Collection, Sequence
