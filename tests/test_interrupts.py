@@ -32,11 +32,8 @@ from tests.twin import Lister, values
 
 SEED = os.environ.get("LOOKBEHIND_TEST_SEED") or str(random.SystemRandom().randrange(10**6))
 COUNT = os.environ.get("LOOKBEHIND_TEST_INTERRUPTS", "12")
-TRACED = (
-    str(Path(lookbehind_fused.__file__).parent),
-    str(Path(torch.optim.__file__).parent),
-    str(Path(__file__).parent / "twin.py"),
-)
+HERE = Path(__file__).resolve().parent
+TRACED = tuple(map(str, (Path(lookbehind_fused.__file__).parent, Path(torch.optim.__file__).parent, HERE / "twin.py")))
 WARM = 2
 
 SGD = (torch.optim.SGD, {"lr": 0.1, "momentum": 0.8, "weight_decay": 0.02})
