@@ -79,6 +79,9 @@ class Twin:
         base: a name in ``BASES``, or a class with its settings.
         groups: makes parameter groups out of tensors.
         missing: (step, tensor) for each tensor that has no gradient in a step.
+        parameter: makes a parameter out of its values and its number.
+        other: makes the other side's optimizer, if that is another one.
+        keeps_state: whether state is to be found in ``state`` of our optimizer.
         options: of ``method``.
     """
 
@@ -92,24 +95,28 @@ class Twin:
         form: str = "step",
         missing: Collection[tuple[int, int]] = (),
         method: Callable[..., Any] = Lookbehind,
+        parameter: Callable[[Tensor, int], nn.Parameter] = lambda start, number: nn.Parameter(start),
+        other: Callable[..., Optimizer] | None = None,
+        keeps_state: bool = True,
         **options: Any,
     ) -> None:
         make, settings = BASES[base] if isinstance(base, str) else base
         self.params: list[nn.Parameter] = []
         self.theirs: list[nn.Parameter] = []
+        self.parameter, self.keeps_state = parameter, keeps_state
         for shape in shapes:
             self.grow(*shape)
         self.options = {"k": 2, "alpha": 0.4, "rho": 0.2, "adaptive": False, "eta": 0.05, **options}
         self.optimizer = method(None, make(groups(self.params), **settings), backend=backend, **self.options)
-        self.other = make(groups(self.theirs), **settings)
+        self.other = (other or make)(groups(self.theirs), **settings)
         self.form, self.missing, self.steps = form, set(missing), 0
 
     def grow(self, *shape: int) -> int:
         """A new tensor on both sides; its number."""
-        start = values(*shape, seed=len(self.params))
-        self.params.append(nn.Parameter(start.clone()))
-        self.theirs.append(nn.Parameter(start.clone()))
-        return len(self.params) - 1
+        number = len(self.params)
+        for side in (self.params, self.theirs):
+            side.append(self.parameter(values(*shape, seed=number).clone(), number))
+        return number
 
     def sides(self) -> list[tuple[Any, list[nn.Parameter]]]:
         """Each optimizer with its tensors, for a change of both."""
@@ -173,6 +180,8 @@ class Twin:
         """Weights and the base's state of every tensor, also of those that no group holds any more."""
         for number, (p, q) in enumerate(zip(self.params, self.theirs, strict=True)):
             assert_close(f"step {self.steps}: weights of tensor {number}", p, q, TOLERANCE)
+            if not self.keeps_state:
+                continue
             found, expected = self.optimizer.state.get(p) or {}, self.other.state.get(q) or {}
             # torch's SGD leaves the entry None where there is no momentum
             expected = {key: value for key, value in expected.items() if value is not None}
