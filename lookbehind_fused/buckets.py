@@ -9,8 +9,7 @@ of the base's state live for one outer step; the state itself for as long as the
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import accumulate, compress, repeat
-from operator import is_not
+from itertools import accumulate
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -26,7 +25,7 @@ from .kernels.schema import tensor_table
 from .norms import Norms
 from .program import KEPT, Call, Calls, Program, Traits, buffers_of, lower, working
 from .rules import Rule
-from .tensors import ROUNDED, compute_dtype, describe, gradient_of, layout
+from .tensors import ROUNDED, compute_dtype, describe, layout
 
 ALIGNMENT = 64  # bytes
 SUBSETS = 8  # how many sets of tensors with a gradient are remembered
@@ -238,11 +237,14 @@ class Bucket:
         """
         if self.params[0].data_ptr() != self.addresses[0]:  # where a model was moved, and not a tensor
             self.require_unmoved()
-        grads: list[Any] = [*map(gradient_of if given is None else given.get, self.params)]
         rows = self.all_rows
-        if not all(map(is_not, grads, repeat(None))):
-            rows = tuple(compress(rows, map(is_not, grads, repeat(None))))
-            grads = [*compress(grads, map(is_not, grads, repeat(None)))]
+        if given is None:
+            grads: list[Any] = [grad for p in self.params if (grad := p.grad) is not None]
+            if len(grads) < len(rows):
+                rows = tuple([row for row, p in enumerate(self.params) if p.grad is not None])
+        else:
+            rows = tuple([row for row, p in enumerate(self.params) if p in given])
+            grads = [given[self.params[row]] for row in rows]
         self.reached = bool(rows)
         if rows is not self.rows and rows != self.rows:
             if self.rows is not None:

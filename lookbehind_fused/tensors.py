@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from itertools import chain, pairwise
-from operator import attrgetter
 from typing import Any
 
 import torch
@@ -14,8 +13,6 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 ROUNDED = (torch.bfloat16, torch.float16)
 """Dtypes of parameters that are the rounded image of what is computed in float32."""
-
-gradient_of = attrgetter("grad")
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:

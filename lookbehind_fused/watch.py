@@ -36,12 +36,14 @@ class Watch:
         self._read = itemgetter("rho", "eta", *rule.reads)
         self.tensors = tensors_of(groups)
         self.addresses = [*map(Tensor.data_ptr, self.tensors)]
-        self._strides = [*map(Tensor.stride, self.tensors)]
+        # Of one dimension, another stride at the same address would leave gaps, or show in the shape of the gradient.
+        self._strided = [p for p in self.tensors if p.dim() > 1]
+        self._strides = [*map(Tensor.stride, self._strided)]
         self._scaled = deepcopy([*map(_adaptive, groups)])  # a list may be changed in place
         self._others = [p for p in self.tensors if not trained(p)]
         self._kinds = [_switches(group, rule) for group in groups]
         self.values = [*map(self._read, groups)]
-        self._state: list[int] | None = None
+        self._state: list[Any] = []
 
     def same_tensors(self, groups: list[dict[str, Any]]) -> bool:
         """Whether all tensors are where they were, in their groups, and no setting has come that another kind of bucket
@@ -59,7 +61,7 @@ class Watch:
             and all(map(is_, tensors, self.tensors))
             and scaled == self._scaled
             and [*map(Tensor.data_ptr, tensors)] == self.addresses
-            and [*map(Tensor.stride, tensors)] == self._strides
+            and [*map(Tensor.stride, self._strided)] == self._strides
             and not (self._others and any(map(trained, self._others)))
         ):
             return False
@@ -72,8 +74,9 @@ class Watch:
         """Whether the base's state consists of the same objects as at the last ``see_state``: what was replaced,
         loaded, added or removed shows here.
         """
-        return [*map(id, chain.from_iterable(map(dict.values, state.values())))] == self._state
+        values = chain(chain.from_iterable(map(dict.values, state.values())), (None,))
+        return bool(self._state) and all(map(is_, self._state, values)) and next(values, self) is self
 
     def see_state(self, state: Mapping[Tensor, dict[str, Any]]) -> None:
-        """The state has been adopted. (The buckets hold its tensors.)"""
-        self._state = [*map(id, chain.from_iterable(map(dict.values, state.values())))]
+        """The state has been adopted."""
+        self._state = [*chain.from_iterable(map(dict.values, state.values())), None]
