@@ -538,7 +538,7 @@ class _Place(NamedTuple):
 
 
 def _places(params: Sequence[Tensor], table: Tensor) -> Iterator[_Place]:
-    for number, (param, columns) in enumerate(zip(params, table.tolist(), strict=True)):
+    for number, (param, columns) in enumerate(zip(params, table[:, : Column.ADDRESS].tolist(), strict=True)):
         start, size = columns[Column.START], columns[Column.SIZE]
         if param.numel() != size:
             raise RuntimeError(f"params: tensor {number} has {param.numel()} elements, expected {size}")
