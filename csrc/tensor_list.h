@@ -22,12 +22,12 @@ using TensorList = std::vector<TensorInfo>;
 inline TensorInfo info_of(AtenTensorHandle tensor) {
   TensorInfo info;
   int64_t *sizes, *strides;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_data_ptr(tensor, &info.data));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_numel(tensor, &info.numel));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dim(tensor, &info.dim));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(tensor, &sizes));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(tensor, &strides));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor, &info.dtype));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_data_ptr(tensor, &info.data));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_numel(tensor, &info.numel));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dim(tensor, &info.dim));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(tensor, &sizes));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(tensor, &strides));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor, &info.dtype));
   info.sizes = sizes, info.strides = strides;
   return info;
 }
@@ -40,17 +40,17 @@ struct torch::stable::detail::ToImpl<lookbehind_fused::TensorList> {
   static lookbehind_fused::TensorList call(StableIValue value, uint64_t, bool) {
     const auto list = to<StableListHandle>(value);
     size_t size = 0;
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_list_size(list, &size));
+    TORCH_ERROR_CODE_CHECK(torch_list_size(list, &size));
     lookbehind_fused::TensorList tensors;
     tensors.reserve(size);
     for (size_t i = 0; i < size; ++i) {
       StableIValue item;
-      STABLE_TORCH_ERROR_CODE_CHECK(torch_list_get_item(list, i, &item));
+      TORCH_ERROR_CODE_CHECK(torch_list_get_item(list, i, &item));
       const auto tensor = to<AtenTensorHandle>(item);
       tensors.push_back(lookbehind_fused::info_of(tensor));
-      STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_delete_tensor_object(tensor));
+      TORCH_ERROR_CODE_CHECK(aoti_torch_delete_tensor_object(tensor));
     }
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_delete_list(list));
+    TORCH_ERROR_CODE_CHECK(torch_delete_list(list));
     return tensors;
   }
 };

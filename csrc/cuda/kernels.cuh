@@ -20,6 +20,11 @@ __device__ __forceinline__ T scaling(bool adapts, T w, T eta) {
   return adapts ? lookbehind_fused::scaling<true>(w, eta) : T(1);
 }
 
+// Says that this launch has taken place, if anybody asks; by one thread of each block.
+__device__ __forceinline__ void note(const Arguments& a) {
+  if (a.done && blockIdx.x == 0) *a.done = 1;
+}
+
 template <class P>
 LOOKBEHIND_KERNEL reduce_sq_norm(const __grid_constant__ Arguments a) {
   using T = typename Compute<P>::type;
@@ -27,7 +32,7 @@ LOOKBEHIND_KERNEL reduce_sq_norm(const __grid_constant__ Arguments a) {
   if (threadIdx.x == 0) chunk = Chunk<P>(a);
   __syncthreads();
   const bool adapts = a.flags & kAdaptive;
-  const T eta = T(a.hyper[kEta]);
+  const T eta = T(chunk.hyper[kEta]);
   T scaled = 0, plain = 0;
   walk(chunk, [&](auto width, int i) {
     constexpr int N = width.value;
@@ -49,8 +54,8 @@ template <class T>
 struct Ascent {
   T factor, eta;
   bool adapts, skips;  // skips: the gradient is not finite
-  __device__ __forceinline__ Ascent(const Arguments& a, const SqNorms& norms) {
-    factor = T(ascent_factor(a.hyper, norms)), eta = T(a.hyper[kEta]);
+  __device__ __forceinline__ Ascent(const Arguments& a, const SqNorms& norms, const double* hyper) {
+    factor = T(ascent_factor(hyper, norms)), eta = T(hyper[kEta]);
     adapts = a.flags & kAdaptive, skips = a.flags & kSkips && !norms.finite();
   }
   Ascent() = default;
@@ -68,7 +73,8 @@ LOOKBEHIND_KERNEL ascend(const __grid_constant__ Arguments a) {
   __shared__ Ascent<T> ascent;
   if (threadIdx.x == 0) {
     chunk = Chunk<P>(a);
-    ascent = Ascent<T>(a, SqNorms(a.sq_norms, a.buckets));
+    ascent = Ascent<T>(a, SqNorms(a.sq_norms, a.buckets), chunk.hyper);
+    note(a);
   }
   __syncthreads();
   walk(chunk, [&](auto width, int i) {
@@ -92,11 +98,11 @@ struct Descent {
   T scale, alpha;
   bool derives, skips;
   float step;  // how many updates the tensor has had after this one
-  __device__ __forceinline__ Descent(const Arguments& a, const SqNorms& norms, int64_t row) {
+  __device__ __forceinline__ Descent(const Arguments& a, const SqNorms& norms, int64_t row, const double* hyper) {
     derives = a.flags & kDerives, skips = a.flags & kSkips && !norms.finite();
-    scale = T(gradient_scale(a.hyper, norms, a.flags)), alpha = T(a.hyper[kAlpha]);
+    scale = T(gradient_scale(hyper, norms, a.flags)), alpha = T(hyper[kAlpha]);
     step = a.steps_from[row] + 1;
-    set_rule(update, a.hyper + kOfRule, a.flags, int(step));
+    set_rule(update, hyper, a.flags, int(step));
     if (skips) step -= 1;
   }
   Descent() = default;
@@ -126,9 +132,10 @@ LOOKBEHIND_KERNEL descend(const __grid_constant__ Arguments a) {
   if (threadIdx.x == 0) {
     chunk = Chunk<P>(a);
     const SqNorms norms(a.sq_norms, a.buckets);
-    descent = Descent<T, Update>(a, norms, chunk.row);
+    descent = Descent<T, Update>(a, norms, chunk.row, chunk.hyper);
     if (chunk.number == 0) a.steps[chunk.row] = descent.step;
-    if (kAscends) ascent = Ascent<T>(a, norms);
+    if (kAscends) ascent = Ascent<T>(a, norms, chunk.hyper);
+    if (kHasOrigin) note(a);
   }
   __syncthreads();
   T ab = 0, aa = 0, bb = 0;

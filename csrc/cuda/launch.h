@@ -9,12 +9,13 @@
 namespace lookbehind_fused {
 namespace cuda {
 
-constexpr int kChunk = 4096;  // elements of a block of threads
+constexpr int kChunk = 4096;            // elements of a block of threads
+constexpr int kColumns = kAddress + 1;  // of ``table``, that kernels are given
 
 // Addresses in device memory; null where a pass has no use for them. lookbehind_fused/kernels/device.py says what the
 // tables hold. Flat buffers are in the type that is computed in.
 struct Arguments {
-  const int64_t* rows;    // of each tensor: its row in steps and sums, the start and size of its slice, its address
+  const int64_t* rows;    // of each tensor: the columns of ``table`` up to the address
   const int32_t* chunks;  // of each block: its tensor and its number within that tensor
   const int64_t* grads;   // of each tensor: its gradient's address
   void* perturbed;
@@ -29,12 +30,14 @@ struct Arguments {
   const double* sq_norms;
   int64_t buckets;  // rows of sq_norms, or of sums
   const double* hyper;
+  int64_t numbers;  // columns of hyper, which has a row for each group
   const double* sums;
   double* partials;     // room for a sum of each block,
   double* tensor_sums;  // and for one of each tensor
   int32_t* counters;    // 1 + tensors, zero before and after a launch
   int32_t tensors;
-  double* out;  // the sums
+  double* out;    // the sums
+  int32_t* done;  // where a launch is noted
   int64_t flags;
 };
 

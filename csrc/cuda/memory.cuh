@@ -83,6 +83,7 @@ struct Chunk {
   static constexpr int kBlock = kThreads * kWide;
   int32_t tensor, number;  // which tensor's, and which of the tensor's
   int64_t row, size;       // of the tensor
+  const double* hyper;     // its group's
   int64_t start;           // of the chunk in the flat buffers
   P* param;                // the chunk's first element
   const P* grad;
@@ -91,10 +92,11 @@ struct Chunk {
   Chunk() = default;
   __device__ __forceinline__ explicit Chunk(const Arguments& a) {
     tensor = a.chunks[2 * int64_t(blockIdx.x)], number = a.chunks[2 * int64_t(blockIdx.x) + 1];
-    const int64_t* of_tensor = a.rows + 4 * int64_t(tensor);
-    const int64_t begin = int64_t(number) * kChunk, address = of_tensor[3];
+    const int64_t* of_tensor = a.rows + kColumns * int64_t(tensor);
+    const int64_t begin = int64_t(number) * kChunk, address = of_tensor[kAddress];
     const int64_t gradient = a.grads ? a.grads[tensor] : address;
-    row = of_tensor[0], size = of_tensor[2], start = of_tensor[1] + begin;
+    row = of_tensor[kRow], size = of_tensor[kSize], start = of_tensor[kStart] + begin;
+    hyper = a.hyper + of_tensor[kGroup] * a.numbers;
     param = reinterpret_cast<P*>(address) + begin, grad = reinterpret_cast<const P*>(gradient) + begin;
     count = size - begin < kChunk ? int(size - begin) : kChunk;
     wide = ((address | gradient | start * int64_t(sizeof(T))) & 15) == 0 ? count / kBlock * kBlock : 0;

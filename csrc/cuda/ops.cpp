@@ -42,7 +42,7 @@ void* current_stream(int32_t device) {
   }();
   STD_TORCH_CHECK(get, "this PyTorch has no CUDA streams");
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(get(device, &stream));
+  TORCH_ERROR_CODE_CHECK(get(device, &stream));
   return stream;
 }
 #endif
@@ -68,14 +68,17 @@ class Launch {
  public:
   Arguments arguments{};
 
-  // ``elements``: how many every flat buffer has at least; ``row_count``: the rows of what has one for each tensor.
-  Launch(const Tensor& rows, const Tensor& chunks, ScalarType dtype, int64_t elements, int64_t row_count)
-      : dtype_(dtype), elements_(elements), row_count_(row_count), place_(rows) {
-    STD_TORCH_CHECK(rows.dim() == 2 && rows.size(1) == 4, "rows: expected 4 numbers for each tensor");
+  // ``elements``: how many every flat buffer has at least; ``row_count`` and ``group_count``: the rows of what has one
+  // for each tensor, and of hyper.
+  Launch(const Tensor& rows, const Tensor& chunks, ScalarType dtype, int64_t elements, int64_t row_count,
+         int64_t group_count)
+      : dtype_(dtype), elements_(elements), row_count_(row_count), group_count_(group_count), place_(rows) {
+    STD_TORCH_CHECK(rows.dim() == 2 && rows.size(1) == kColumns, "rows: expected ", kColumns,
+                    " numbers for each tensor");
     STD_TORCH_CHECK(chunks.dim() == 2 && chunks.size(1) == 2, "chunks: expected 2 numbers for each block");
     tensors_ = rows.size(0), blocks_ = chunks.size(0);
     STD_TORCH_CHECK(tensors_ <= INT32_MAX && blocks_ <= INT32_MAX, "chunks: expected fewer than 2^31, got ", blocks_);
-    arguments.rows = numbers<int64_t>("rows", rows, ScalarType::Long, 4 * tensors_);
+    arguments.rows = numbers<int64_t>("rows", rows, ScalarType::Long, kColumns * tensors_);
     arguments.chunks = numbers<int32_t>("chunks", chunks, ScalarType::Int, 2 * blocks_);
     arguments.tensors = int32_t(tensors_);
   }
@@ -114,8 +117,13 @@ class Launch {
   // The numbers that all passes have, and ``of_rule`` more. After ``flags``, which say what they are for.
   void set_hyper(const Tensor& hyper, int64_t flags, int64_t of_rule = 0) {
     arguments.flags = flags;
-    arguments.hyper = numbers<double>("hyper", hyper, ScalarType::Double, 5 + of_rule);
+    STD_TORCH_CHECK(hyper.dim() == 2 && hyper.size(0) >= group_count_ && hyper.size(1) >= kOfRule + of_rule,
+                    "hyper: expected at least ", group_count_, " rows of ", kOfRule + of_rule, " numbers");
+    arguments.hyper = numbers<double>("hyper", hyper, ScalarType::Double, 0);
+    arguments.numbers = hyper.size(1);
   }
+
+  void set_done(const OptionalTensor& done) { arguments.done = numbers<int32_t>("done", done, ScalarType::Int, 1); }
 
   void set_sums(const OptionalTensor& partials, const OptionalTensor& tensor_sums, const OptionalTensor& counters,
                 const OptionalTensor& out, int64_t terms) {
@@ -152,14 +160,14 @@ class Launch {
   }
 
   ScalarType dtype_;
-  int64_t elements_, row_count_, tensors_ = 0, blocks_ = 0;
+  int64_t elements_, row_count_, group_count_, tensors_ = 0, blocks_ = 0;
   const Tensor& place_;
 };
 
-void reduce_sq_norm(Tensor rows, Tensor chunks, ScalarType dtype, int64_t elements, int64_t row_count, Tensor grads,
-                    OptionalTensor perturbed, Tensor hyper, int64_t flags, Tensor partials, Tensor tensor_sums,
-                    Tensor counters, Tensor out) {
-  Launch launch(rows, chunks, dtype, elements, row_count);
+void reduce_sq_norm(Tensor rows, Tensor chunks, ScalarType dtype, int64_t elements, int64_t row_count,
+                    int64_t group_count, Tensor grads, OptionalTensor perturbed, Tensor hyper, int64_t flags,
+                    Tensor partials, Tensor tensor_sums, Tensor counters, Tensor out) {
+  Launch launch(rows, chunks, dtype, elements, row_count, group_count);
   launch.set_grads(grads);
   launch.set_hyper(hyper, flags & ~kPerTensor);
   launch.arguments.perturbed = launch.buffer("perturbed", perturbed);
@@ -167,58 +175,58 @@ void reduce_sq_norm(Tensor rows, Tensor chunks, ScalarType dtype, int64_t elemen
   launch.run("reduce_sq_norm", Pass::reduce_sq_norm);
 }
 
-void ascend(Tensor rows, Tensor chunks, ScalarType dtype, int64_t elements, int64_t row_count, Tensor grads,
-            OptionalTensor perturbed, OptionalTensor slow, Tensor sq_norms, Tensor hyper, int64_t flags) {
-  Launch launch(rows, chunks, dtype, elements, row_count);
+void ascend(Tensor rows, Tensor chunks, ScalarType dtype, int64_t elements, int64_t row_count, int64_t group_count,
+            Tensor grads, OptionalTensor perturbed, OptionalTensor slow, Tensor sq_norms, Tensor hyper, int64_t flags,
+            OptionalTensor done) {
+  Launch launch(rows, chunks, dtype, elements, row_count, group_count);
   launch.set_grads(grads);
   launch.set_hyper(hyper, flags);
   launch.set_sq_norms(sq_norms);
   launch.arguments.perturbed = launch.buffer("perturbed", perturbed);
   launch.arguments.slow = launch.buffer("slow", slow);
+  launch.set_done(done);
   launch.run("ascend", Pass::ascend);
 }
 
-// How many numbers of its own each rule has in ``hyper``.
-int64_t numbers_of_rule(Rule rule) { return rule == Rule::none ? 0 : rule <= Rule::sgd_momentum ? 4 : 5; }
-int states_of(Rule rule) { return rule <= Rule::sgd ? 0 : rule == Rule::sgd_momentum ? 1 : int(rule) - 1; }
-
 // The four passes that descend; each has those of the optional buffers that it reads or writes.
 template <Pass kPass>
-void descend(Tensor rows, Tensor chunks, ScalarType dtype, int64_t elements, int64_t row_count, Tensor grads,
-             OptionalTensor perturbed, OptionalTensor slow, OptionalTensor fast, Tensor fast_from, OptionalTensor first,
-             OptionalTensor s0, OptionalTensor s1, OptionalTensor s2, OptionalTensor f0, OptionalTensor f1,
-             OptionalTensor f2, Tensor steps, Tensor steps_from, OptionalTensor sq_norms, Tensor hyper, int64_t number,
-             int64_t flags, OptionalTensor partials, OptionalTensor tensor_sums, OptionalTensor counters,
-             OptionalTensor out) {
-  STD_TORCH_CHECK(0 <= number && number <= int64_t(Rule::adam_amsgrad), "rule: expected 0 to 4, got ", number);
+void descend(Tensor rows, Tensor chunks, ScalarType dtype, int64_t elements, int64_t row_count, int64_t group_count,
+             Tensor grads, OptionalTensor perturbed, OptionalTensor slow, OptionalTensor fast, Tensor fast_from,
+             OptionalTensor first, OptionalTensor s0, OptionalTensor s1, OptionalTensor s2, OptionalTensor f0,
+             OptionalTensor f1, OptionalTensor f2, Tensor steps, Tensor steps_from, OptionalTensor sq_norms,
+             Tensor hyper, int64_t number, int64_t flags, OptionalTensor partials, OptionalTensor tensor_sums,
+             OptionalTensor counters, OptionalTensor out, OptionalTensor done) {
+  STD_TORCH_CHECK(0 <= number && number < kRules, "rule: expected 0 to ", kRules - 1, ", got ", number);
   const Rule rule = Rule(number);
-  const bool derivable = states_of(rule) > 0 && !(flags & kNesterov);
+  const int states = extent_of(rule).buffers;
+  const bool derivable = states > 0 && !(flags & kNesterov);
   STD_TORCH_CHECK(derivable || !(flags & kDerives), "flags: the fast weights cannot be derived from this rule's state");
-  Launch launch(rows, chunks, dtype, elements, row_count);
+  Launch launch(rows, chunks, dtype, elements, row_count, group_count);
   Arguments& a = launch.arguments;
   launch.set_grads(grads);
-  launch.set_hyper(hyper, flags, numbers_of_rule(rule));
+  launch.set_hyper(hyper, flags, extent_of(rule).numbers);
   launch.set_sq_norms(sq_norms);
   a.perturbed = launch.buffer("perturbed", perturbed), a.slow = launch.buffer("slow", slow);
   a.fast = launch.buffer("fast", fast), a.fast_from = launch.buffer("fast_from", fast_from);
   a.first = launch.buffer("first", first);
   const OptionalTensor* to[] = {&s0, &s1, &s2};
   const OptionalTensor* from[] = {&f0, &f1, &f2};
-  for (int s = 0; s < states_of(rule); ++s) {
-    STD_TORCH_CHECK(*to[s] && *from[s], "state: expected ", states_of(rule), " buffers, got ", s);
+  for (int s = 0; s < states; ++s) {
+    STD_TORCH_CHECK(*to[s] && *from[s], "state: expected ", states, " buffers, got ", s);
     a.state[s] = launch.buffer("state", *to[s]), a.state_from[s] = launch.buffer("state_from", *from[s]);
   }
   a.steps = launch.numbers<float>("steps", steps, ScalarType::Float, row_count);
   a.steps_from = launch.numbers<float>("steps_from", steps_from, ScalarType::Float, row_count);
   STD_TORCH_CHECK(kPass != Pass::descend_ascend || sq_norms, "sq_norms: expected a tensor");
+  launch.set_done(done);
   if (kPass == Pass::descend_align) launch.set_sums(partials, tensor_sums, counters, out, 3);
   constexpr const char* kNames[] = {"descend", "descend_ascend", "descend_interpolate", "descend_align"};
   launch.run(kNames[int(kPass) - int(Pass::descend)], kPass, rule);
 }
 
-void interpolate(Tensor rows, Tensor chunks, ScalarType dtype, int64_t elements, int64_t row_count,
+void interpolate(Tensor rows, Tensor chunks, ScalarType dtype, int64_t elements, int64_t row_count, int64_t group_count,
                  OptionalTensor perturbed, Tensor slow, Tensor sums, int64_t flags) {
-  Launch launch(rows, chunks, dtype, elements, row_count);
+  Launch launch(rows, chunks, dtype, elements, row_count, group_count);
   launch.arguments.flags = flags;
   launch.arguments.perturbed = launch.buffer("perturbed", perturbed);
   launch.arguments.slow = launch.buffer("slow", slow);

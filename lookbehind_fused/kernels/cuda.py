@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import device, native, ops
-from .schema import SCHEMAS, completed
+from .schema import SCHEMAS
 
 NAMESPACE = "lookbehind_fused_cuda"
 REMEDY = (
@@ -26,18 +26,18 @@ SCALARS_ON_DEVICE = True  # hyper and steps are read by the kernels
 
 # What a kernel is given: tables and what they ask for of ``device.Plan``, the parameters' dtype, the rest as in
 # ``schema``. The buffers s0 to s2 are ``state``, f0 to f2 ``state_from``.
-_PLACE = "Tensor rows, Tensor chunks, ScalarType dtype, int elements, int row_count"
+_PLACE = "Tensor rows, Tensor chunks, ScalarType dtype, int elements, int row_count, int group_count"
 _DESCENT = (
     f"({_PLACE}, Tensor grads, Tensor(a!)? perturbed, Tensor? slow, Tensor(b!)? fast, Tensor fast_from, Tensor? first, "
     "Tensor(c!)? s0, Tensor(d!)? s1, Tensor(e!)? s2, Tensor? f0, Tensor? f1, Tensor? f2, Tensor(f!) steps, "
     "Tensor steps_from, Tensor? sq_norms, Tensor hyper, int rule, int flags, "
-    "Tensor(g!)? partials, Tensor(h!)? tensor_sums, Tensor(i!)? counters, Tensor(j!)? out) -> ()"
+    "Tensor(g!)? partials, Tensor(h!)? tensor_sums, Tensor(i!)? counters, Tensor(j!)? out, Tensor(k!)? done) -> ()"
 )
 KERNELS = {
     "reduce_sq_norm": f"({_PLACE}, Tensor grads, Tensor? perturbed, Tensor hyper, int flags, "
     "Tensor(a!) partials, Tensor(b!) tensor_sums, Tensor(c!) counters, Tensor(d!) out) -> ()",
     "ascend": f"({_PLACE}, Tensor grads, Tensor(a!)? perturbed, Tensor(b!)? slow, Tensor sq_norms, Tensor hyper, "
-    "int flags) -> ()",
+    "int flags, Tensor(c!)? done) -> ()",
     "descend": _DESCENT,
     "descend_ascend": _DESCENT,
     "descend_interpolate": _DESCENT,
@@ -66,30 +66,37 @@ def serves(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
-def _launch(name: str, plan: device.Plan, dtype: torch.dtype, arguments: dict[str, Any]) -> None:
-    """Launch a kernel with those of the arguments that it has."""
-    values = {**arguments, "dtype": dtype, "elements": plan.elements, "row_count": plan.row_count}
-    _kernels[name](*[values.get(argument) for argument in _arguments[name]])
+def _prepare(name: str, plan: device.Plan, dtype: torch.dtype, arguments: dict[str, Any]) -> device.Launch:
+    """A launch of a kernel with those of the arguments that it has."""
+    sizes = {"elements": plan.elements, "row_count": plan.row_count, "group_count": plan.group_count}
+    values = {**arguments, **sizes, "dtype": dtype}
+    return partial(_kernels[name], *[values.get(argument) for argument in _arguments[name]])
 
 
-_passes = device.Passes(_launch)
-_ops = ops.of(native.NAMESPACE)
 if unavailable is None:
     for _name in SCHEMAS:
-        native._definitions.impl(_name, getattr(_passes, _name), "CUDA")
+        native._definitions.impl(_name, device.implementation(_prepare, _name), "CUDA")
 
 
 def bind(name: str, params: Sequence[Tensor], table: Tensor, arguments: Mapping[str, Any]) -> ops.Pass:
-    """The pass ``name``, to be called with the gradients (``interpolate`` ignores them)."""
-    params = list(params)
-    eagerly = partial(getattr(_passes, name), params)
-    return ops.bound(_ops[name], eagerly, params, completed(name, {**arguments, "table": table}))
+    """The pass ``name``, to be called with the gradients (``interpolate`` ignores them).
+
+    Args:
+        name: one of ``schema.SCHEMAS``.
+        params, table: as there.
+        arguments: the others but ``grads``, by name.
+    """
+    return device.bind(_prepare, native._ops[name], name, params, table, arguments)
 
 
-reduce_sq_norm = ops.by_keywords(bind, "reduce_sq_norm")
-ascend = ops.by_keywords(bind, "ascend")
-descend = ops.by_keywords(bind, "descend")
-descend_ascend = ops.by_keywords(bind, "descend_ascend")
-descend_interpolate = ops.by_keywords(bind, "descend_interpolate")
-descend_align = ops.by_keywords(bind, "descend_align")
-interpolate = ops.by_keywords(bind, "interpolate")
+def _bind_once(name: str, params: Sequence[Tensor], table: Tensor, arguments: Mapping[str, Any]) -> ops.Pass:
+    return device.bind(_prepare, native._ops[name], name, params, table, arguments, once=True)
+
+
+reduce_sq_norm = ops.by_keywords(_bind_once, "reduce_sq_norm")
+ascend = ops.by_keywords(_bind_once, "ascend")
+descend = ops.by_keywords(_bind_once, "descend")
+descend_ascend = ops.by_keywords(_bind_once, "descend_ascend")
+descend_interpolate = ops.by_keywords(_bind_once, "descend_interpolate")
+descend_align = ops.by_keywords(_bind_once, "descend_align")
+interpolate = ops.by_keywords(_bind_once, "interpolate")

@@ -1,54 +1,62 @@
 """What the backends for GPUs have in common: the passes as launches of kernels that find tensors by address.
 
 A kernel is launched once for all tensors of a call: a program (a block of threads) computes one chunk of one tensor.
-Parameters and gradients are reached through tables of addresses in device memory. They belong to the call's ``table``
-and are kept as long as it: what has not changed since the last call is not uploaded again. Uploads come from pinned
-memory and nothing waits for them.
+Parameters and gradients are reached through tables of addresses in device memory. They are kept as long as the bound
+pass that uses them: what has not changed since its last call is not uploaded again. Uploads come from pinned memory and
+nothing waits for them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from .contract import BUFFERS, Column, Flag, RuleId
+from . import ops
+from .contract import BUFFERS, NUMBERS, Column, Flag, Hyper, RuleId
+from .schema import ARGUMENTS, completed
 
 CHUNK = 4096  # elements of a program
+COLUMNS = Column.ADDRESS + 1  # of ``table``, that kernels are given
 
-# launch(kernel, plan, dtype, arguments): a kernel takes of the arguments those that it has. ``dtype`` is the
-# parameters'.
-Launch = Callable[[str, "Plan", torch.dtype, dict[str, Any]], None]
+# prepare(kernel, plan, dtype, arguments): a launch, to be called again and again. A kernel takes of the arguments those
+# that it has. ``dtype`` is the parameters'.
+Launch = Callable[[], None]
+Prepare = Callable[[str, "Plan", torch.dtype, dict[str, Any]], Launch]
 
 
 class Plan:
     """The device's side of a ``table``: who computes what, where the tensors are, and room for sums.
 
     Attributes:
-        rows: int64 (tensors, 4): a tensor's row in ``steps`` and ``sums``, the start and size of its slice of the flat
-            buffers, its address.
+        rows: int64 (tensors, COLUMNS): the columns of ``table`` up to the address.
         chunks: int32 (programs, 2): each program's tensor and its number within that tensor.
         grads: int64 (tensors,): the gradients' addresses.
-        elements, row_count: what flat buffers, and what has a row for each tensor, have at the least.
+        elements, row_count, group_count: what flat buffers, what has a row for each tensor, and ``hyper`` have at the
+            least.
         partials, tensor_sums, counters: float64 for up to 3 sums a program and a tensor; int32, zero between launches.
     """
 
     def __init__(self, table: Tensor, params: Sequence[Tensor]) -> None:
         self.device, count = params[0].device, len(params)
-        chunks_of = torch.clamp((table[:, 2] + CHUNK - 1) // CHUNK, min=1)
-        tensor = torch.repeat_interleave(torch.arange(count), chunks_of)
-        number = torch.arange(len(tensor)) - (torch.cumsum(chunks_of, 0) - chunks_of)[tensor]
+        sizes = table[:, Column.SIZE]
+        chunks_of = torch.clamp((sizes + CHUNK - 1) // CHUNK, min=1)
+        tensor = torch.repeat_interleave(torch.arange(count, device="cpu"), chunks_of)
+        number = torch.arange(len(tensor), device="cpu") - (torch.cumsum(chunks_of, 0) - chunks_of)[tensor]
         self.programs = len(tensor)
         self.chunks = torch.stack([tensor, number], 1).to(torch.int32).to(self.device)
-        self.rows = torch.empty(count, Column.ADDRESS + 1, dtype=torch.int64, device=self.device)
+        self.rows = torch.empty(count, COLUMNS, dtype=torch.int64, device=self.device)
         self.grads = torch.empty(count, dtype=torch.int64, device=self.device)
         self.partials = torch.empty(3 * self.programs, dtype=torch.float64, device=self.device)
         self.tensor_sums = torch.empty(3 * count, dtype=torch.float64, device=self.device)
         self.counters = torch.zeros(1 + count, dtype=torch.int32, device=self.device)
-        self.sizes = table[:, 2].tolist()
+        self.sizes = sizes.tolist()
+        self.elements = int((table[:, Column.START] + sizes).max())
+        self.row_count, self.group_count = (int(table[:, column].max()) + 1 for column in (Column.ROW, Column.GROUP))
         self.steps: Tensor | None = None
         self.captured: list[Tensor] = []
         self.version: int | None = None
@@ -61,10 +69,9 @@ class Plan:
         if any(p.numel() != size for p, size in zip(params, self.sizes, strict=True)):
             found = [p.numel() for p in params]
             raise RuntimeError(f"params: expected {self.sizes} elements as table has, got {found}")
-        addresses = torch.tensor([p.data_ptr() for p in params], dtype=torch.int64)
+        addresses = torch.tensor([p.data_ptr() for p in params], dtype=torch.int64, device="cpu")
         self._upload(torch.cat([table[:, : Column.ADDRESS], addresses[:, None]], 1), self.rows)
         self.strides = [p.stride() for p in params]
-        self.elements, self.row_count = int((table[:, 1] + table[:, 2]).max()), int(table[:, 0].max()) + 1
         self.version = table._version
 
     def point_at(self, params: Sequence[Tensor], grads: Sequence[Tensor]) -> list[Tensor]:
@@ -85,15 +92,15 @@ class Plan:
                 raise RuntimeError(f"grads: tensor {i}: expected {params[0].dtype}, got {g.dtype}")
         addresses = [*map(Tensor.data_ptr, grads)]
         if addresses != self.addresses:
-            self._upload(torch.tensor(addresses, dtype=torch.int64), self.grads)
+            self._upload(torch.tensor(addresses, dtype=torch.int64, device="cpu"), self.grads)
             self.addresses = addresses
         return grads
 
-    def copy_of(self, steps: Tensor) -> Tensor:
-        """The same numbers in memory of the plan's own, which a captured graph finds again."""
+    def room_for(self, steps: Tensor) -> Tensor:
+        """Memory of the plan's own for a copy of ``steps``, which a captured graph finds again."""
         if self.steps is None or self.steps.shape != steps.shape:
             self.steps = torch.empty_like(steps)
-        return self.steps.copy_(steps)
+        return self.steps
 
     def _upload(self, values: Tensor, to: Tensor) -> None:
         # A pinned block of its own each time: the allocator does not hand it out again before the copy is done.
@@ -103,136 +110,136 @@ class Plan:
             self.captured.append(values)  # every replay of the graph reads it again
 
 
-PLANS: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # by ``table``
+PLANS: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # of passes that are not bound, by ``table``
 
 
 class Call:
-    """One call of a pass: its plan, and what all of its launches are given."""
+    """A pass with all of its arguments but the gradients.
 
-    def __init__(self, launch: Launch, params: Sequence[Tensor], grads: Sequence[Tensor] | None, table: Tensor) -> None:
-        self._launch, self.params = launch, params
-        plan = PLANS.get(table)
-        if plan is None or len(plan.sizes) != len(params) or plan.device != params[0].device:
-            plan = PLANS[table] = Plan(table, params)
-        plan.refresh(table, params)
-        self.plan = plan
-        self.given = {"rows": plan.rows, "chunks": plan.chunks, "tensors": len(plan.sizes)}
-        if grads is not None:
-            self.kept = plan.point_at(params, grads)
-            self.given["grads"] = plan.grads
+    Args:
+        prepare: of the backend.
+        name: of the pass.
+        params: the parameters; where there are none, nothing is launched.
+        given: the arguments but ``params`` and ``grads`` (``schema.completed``).
+        plan: that of the call's table; None makes one.
 
-    def launch(self, name: str, total: Tensor | None = None, **arguments: Any) -> None:
-        """Launch a kernel; one that adds up writes its sums to ``total``."""
-        if total is not None:
-            plan = self.plan
-            arguments.update(partials=plan.partials, tensor_sums=plan.tensor_sums, counters=plan.counters, out=total)
-        self._launch(name, self.plan, self.params[0].dtype, {**self.given, **arguments})
+    Attributes:
+        kept: the gradients of the last call, as they are or laid out as their parameters.
+    """
 
-
-class Passes:
-    """The passes: methods of the names and with the arguments of ``schema.SCHEMAS``, by position."""
-
-    def __init__(self, launch: Launch) -> None:
-        self._launch = launch
-
-    def _call(self, params: Sequence[Tensor], grads: Sequence[Tensor] | None, table: Tensor) -> Call:
-        return Call(self._launch, params, grads, table)
-
-    def reduce_sq_norm(self, params, grads, perturbed, table, hyper, flags, sq_norms, row) -> None:
-        if not params:
-            sq_norms[row].zero_()
-            return
-        _reduce(self._call(params, grads, table), perturbed, hyper, flags, sq_norms, row)
-
-    def ascend(self, params, grads, perturbed, slow, table, sq_norms, row, hyper, flags, done) -> None:
-        if not params:
-            return
-        call = self._call(params, grads, table)
-        if row >= 0:
-            _reduce(call, None if slow is not None else perturbed, hyper, flags, sq_norms, row)
-        call.launch("ascend", perturbed=perturbed, slow=slow, **_norms(sq_norms), hyper=hyper, flags=int(flags))
-
-    def descend(
-        self, params, grads, fast, fast_from, state, state_from, steps, steps_from, table, sq_norms, hyper, rule, flags
+    def __init__(
+        self, prepare: Prepare, name: str, params: list[Tensor], given: Mapping[str, Any], plan: Plan | None = None
     ) -> None:
-        if params:
-            call = self._call(params, grads, table)
-            descent = _descent(call.plan, state, state_from, steps, steps_from, sq_norms, hyper, rule, flags)
-            call.launch("descend", fast=fast, fast_from=_from(fast_from, fast), **descent)
-
-    def descend_ascend(
-        self, params, grads, perturbed, fast, fast_from, state, state_from, steps, steps_from, table, sq_norms, row,
-        hyper, rule, flags,
-    ) -> None:  # fmt: skip
+        self.params, self.given, self.takes_grads = params, given, "grads" in ARGUMENTS[name]
+        self.launches: list[Launch] = []
+        self.kept: list[Tensor] = []
         if not params:
+            self.launches = [*_without_tensors(name, given)]
             return
-        call = self._call(params, grads, table)
-        if row >= 0:
-            _reduce(call, perturbed, hyper, flags, sq_norms, row)
-        descent = _descent(call.plan, state, state_from, steps, steps_from, sq_norms, hyper, rule, flags)
-        call.launch("descend_ascend", perturbed=perturbed, fast=fast, fast_from=_from(fast_from, fast), **descent)
+        self.plan = plan or Plan(given["table"], params)
+        if "steps" in given and given["steps_from"] is None:  # all programs of a tensor read what one of them writes
+            room = self.plan.room_for(given["steps"])
+            self.launches.append(partial(room.copy_, given["steps"]))
+            given = {**given, "steps_from": room}
+        for kernel, arguments in _kernels(name, given, self.plan):
+            self.launches.append(prepare(kernel, self.plan, params[0].dtype, arguments))
 
-    def descend_interpolate(
-        self, params, grads, slow, fast, state, state_from, steps, steps_from, table, sq_norms, hyper, rule, flags,
-        done,
-    ) -> None:  # fmt: skip
-        if params:
-            call = self._call(params, grads, table)
-            descent = _descent(call.plan, state, state_from, steps, steps_from, sq_norms, hyper, rule, flags)
-            call.launch("descend_interpolate", **_origin(slow, fast, flags), **descent)
+    def __call__(self, *values: Any) -> None:
+        """Run it. The first of the values are the gradients, if it takes any; all others it has already."""
+        if self.params:
+            self.plan.refresh(self.given["table"], self.params)
+            if self.takes_grads:
+                self.kept = self.plan.point_at(self.params, values[0])
+        self.launch()
 
-    def descend_align(
-        self, params, grads, perturbed, slow, fast, first, state, state_from, steps, steps_from, table, sq_norms,
-        hyper, rule, flags, sums, done,
-    ) -> None:  # fmt: skip
-        if not params:
-            if not flags & Flag.PER_TENSOR:
-                sums.zero_()
-            return
-        call = self._call(params, grads, table)
-        descent = _descent(call.plan, state, state_from, steps, steps_from, sq_norms, hyper, rule, flags)
-        call.launch("descend_align", sums, perturbed=perturbed, **_origin(slow, fast, flags), first=first, **descent)
-
-    def interpolate(self, params, perturbed, slow, table, sums, flags, dtype) -> None:
-        if params:
-            given = {"sums": sums, "buckets": sums.size(0), "flags": int(flags)}
-            self._call(params, None, table).launch("interpolate", perturbed=perturbed, slow=slow, **given)
+    def launch(self) -> None:
+        """Launch the kernels: everything is where they look for it."""
+        for run in self.launches:
+            run()
 
 
-def _reduce(call: Call, perturbed: Tensor | None, hyper: Tensor, flags: int, sq_norms: Tensor, row: int) -> None:
-    call.launch("reduce_sq_norm", sq_norms[row], perturbed=perturbed, hyper=hyper, flags=int(flags))
+def bind(
+    prepare: Prepare, op: Any, name: str, params: Sequence[Tensor], table: Tensor, arguments: Mapping[str, Any],
+    once: bool = False,
+) -> ops.Pass:  # fmt: skip
+    """``bind`` of a backend, whose op of the pass is ``op``. ``once``: the result will not be called again."""
+    params, given = list(params), completed(name, {**arguments, "table": table})
+    if torch.compiler.is_compiling():
+        return ops.bound(op, op, params, given)
+    return ops.bound(op, Call(prepare, name, params, given, _plan_of(table, params) if once else None), params, given)
 
 
-def _from(source: Tensor | None, target: Tensor | None) -> Tensor | None:
-    return target if source is None else source
+def _plan_of(table: Tensor, params: Sequence[Tensor]) -> Plan | None:
+    """That of the last call with this table, or a new one; None where there are no parameters."""
+    plan = PLANS.get(table)
+    if params and (plan is None or len(plan.sizes) != len(params) or plan.device != params[0].device):
+        plan = PLANS[table] = Plan(table, params)
+    return plan
 
 
-def _origin(slow: Tensor, fast: Tensor, flags: int) -> dict[str, Tensor | None]:
-    """Slow weights are not read twice."""
-    same = bool(flags & Flag.DERIVES) or fast.data_ptr() == slow.data_ptr()
-    return {"slow": None if same else slow, "fast_from": fast}
+def implementation(prepare: Prepare, name: str) -> Callable[..., None]:
+    """The pass ``name`` with the arguments of its schema, by position: the implementation of an op."""
+    names = ARGUMENTS[name]
+
+    def run(*values: Any) -> None:
+        given = dict(zip(names, values, strict=True))
+        params, grads = given.pop("params"), given.pop("grads", ())
+        Call(prepare, name, params, given, _plan_of(given["table"], params))(grads)
+
+    return run
 
 
-def _norms(sq_norms: Tensor | None) -> dict[str, Any]:
-    return {"sq_norms": sq_norms, "buckets": 0 if sq_norms is None else sq_norms.size(0)}
+def _without_tensors(name: str, given: Mapping[str, Any]) -> Iterator[Launch]:
+    """What a pass over nothing writes."""
+    if name == "reduce_sq_norm" or given.get("row", -1) >= 0:
+        yield given["sq_norms"][given["row"]].zero_
+    if "sums" in given and name != "interpolate" and not given["flags"] & Flag.PER_TENSOR:
+        yield given["sums"].zero_
+    if given.get("done") is not None:
+        yield partial(given["done"].fill_, 1)
 
 
-def _descent(plan, state, state_from, steps, steps_from, sq_norms, hyper, rule, flags) -> dict[str, Any]:
-    """What every kernel that descends is given."""
-    if len(state) != BUFFERS[RuleId(rule)]:
-        raise RuntimeError(f"state: expected {BUFFERS[RuleId(rule)]} buffers for {RuleId(rule).name}, got {len(state)}")
-    if flags & Flag.SKIPS and sq_norms is None:
-        raise RuntimeError("sq_norms: expected a tensor where non-finite gradients are skipped, got None")
-    if steps_from is None:  # all programs of a tensor read what one of them writes
-        steps_from = plan.copy_of(steps)
-    state_from = state_from or state
-    return {
-        **{f"s{i}": state[i] if i < len(state) else None for i in range(3)},
-        **{f"f{i}": state_from[i] if i < len(state) else None for i in range(3)},
-        "steps": steps,
-        "steps_from": steps_from,
-        **_norms(sq_norms),
-        "hyper": hyper,
+def _kernels(name: str, given: Mapping[str, Any], plan: Plan) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The kernels of a pass, and what each of them is given."""
+    sq_norms, hyper, flags = given.get("sq_norms"), given.get("hyper"), given["flags"]
+    common = {
+        **given,
+        **{"rows": plan.rows, "chunks": plan.chunks, "grads": plan.grads, "tensors": len(plan.sizes)},
+        **{"partials": plan.partials, "tensor_sums": plan.tensor_sums, "counters": plan.counters},
         "flags": int(flags),
-        "rule": int(rule),
+        "buckets": 0 if sq_norms is None else sq_norms.size(0),
     }
+    if flags & Flag.SKIPS and "sq_norms" in given and sq_norms is None:
+        raise RuntimeError("sq_norms: expected a tensor where non-finite gradients are skipped, got None")
+    if hyper is not None:
+        numbers = Hyper.OF_RULE + len(NUMBERS[RuleId(given.get("rule", RuleId.NONE))])
+        if hyper.dim() != 2 or hyper.size(0) < plan.group_count or hyper.size(1) < numbers:
+            raise RuntimeError(
+                f"hyper: expected at least {plan.group_count} rows of {numbers} numbers, got shape {tuple(hyper.shape)}"
+            )
+        common["numbers"] = hyper.size(1)
+    if name == "reduce_sq_norm" or given.get("row", -1) >= 0:
+        at_slow = name == "ascend" and given["slow"] is not None
+        out = {"out": sq_norms[given["row"]], "perturbed": None if at_slow else given["perturbed"]}
+        yield "reduce_sq_norm", {**common, **out}
+    if name.startswith("descend"):
+        yield name, {**common, **_descent(name, given)}
+    elif name == "interpolate":
+        yield name, {**common, "buckets": given["sums"].size(0)}
+    elif name == "ascend":
+        yield name, common
+
+
+def _descent(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """What a kernel that descends is given in another form than its pass."""
+    rule, state, state_from = RuleId(given["rule"]), given["state"], given["state_from"] or given["state"]
+    for argument, buffers in (("state", state), ("state_from", state_from)):
+        if len(buffers) != BUFFERS[rule]:
+            raise RuntimeError(f"{argument}: expected {BUFFERS[rule]} buffers for {rule.name}, got {len(buffers)}")
+    places = {f"s{i}": buffer for i, buffer in enumerate(state)} | {f"f{i}": b for i, b in enumerate(state_from)}
+    own = {**dict.fromkeys(("s0", "s1", "s2", "f0", "f1", "f2")), **places, "rule": int(rule)}
+    fast = given["fast"]
+    if "fast_from" in given:
+        return {**own, "fast_from": fast if given["fast_from"] is None else given["fast_from"]}
+    same = given["flags"] & Flag.DERIVES or fast.data_ptr() == given["slow"].data_ptr()  # is not read twice
+    return {**own, "fast": None, "fast_from": fast, "slow": None if same else given["slow"], "out": given.get("sums")}

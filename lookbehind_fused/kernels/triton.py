@@ -6,7 +6,6 @@ Triton comes with PyTorch's GPU builds and is imported when the backend is first
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from . import device, ops
 from .contract import Flag
-from .schema import SCHEMAS, completed
+from .schema import SCHEMAS
 
 NAMESPACE = "lookbehind_fused_triton"
 REMEDY = "install triton, or a PyTorch built for the GPU, which comes with it"
@@ -47,8 +46,8 @@ def serves(device: torch.device) -> bool:
         return False
 
 
-def _launch(name: str, plan: device.Plan, dtype: torch.dtype, arguments: dict[str, Any]) -> None:
-    """Launch a kernel of ``triton_kernels``, compiled for these dtypes and settings."""
+def _prepare(name: str, plan: device.Plan, dtype: torch.dtype, arguments: dict[str, Any]) -> device.Launch:
+    """A launch of a kernel of ``triton_kernels``, compiled for these dtypes and settings when it is first called."""
     import triton.language as tl
 
     from . import triton_kernels
@@ -67,29 +66,41 @@ def _launch(name: str, plan: device.Plan, dtype: torch.dtype, arguments: dict[st
     }
     kernel = getattr(triton_kernels, name)
     own = {argument: values[argument] for argument in kernel.arg_names}
-    options = triton_kernels.options(64 if torch.version.hip else 32)
-    on_device = torch.cuda.device(plan.device) if plan.device.type == "cuda" else contextlib.nullcontext()
-    with on_device:
-        kernel[(plan.programs,)](**own, **options)
+    run = partial(kernel[(plan.programs,)], **own, **triton_kernels.options(64 if torch.version.hip else 32))
+    if plan.device.type != "cuda":
+        return run
+
+    def launch() -> None:
+        with torch.cuda.device(plan.device):
+            run()
+
+    return launch
 
 
-_passes = device.Passes(_launch)
 for _name in SCHEMAS:
     for _key in ("CUDA", "CPU"):  # CPU: the interpreter
-        _definitions.impl(_name, getattr(_passes, _name), _key)
+        _definitions.impl(_name, device.implementation(_prepare, _name), _key)
 
 
 def bind(name: str, params: Sequence[Tensor], table: Tensor, arguments: Mapping[str, Any]) -> ops.Pass:
-    """The pass ``name``, to be called with the gradients (``interpolate`` ignores them)."""
-    params = list(params)
-    eagerly = partial(getattr(_passes, name), params)
-    return ops.bound(_ops[name], eagerly, params, completed(name, {**arguments, "table": table}))
+    """The pass ``name``, to be called with the gradients (``interpolate`` ignores them).
+
+    Args:
+        name: one of ``schema.SCHEMAS``.
+        params, table: as there.
+        arguments: the others but ``grads``, by name.
+    """
+    return device.bind(_prepare, _ops[name], name, params, table, arguments)
 
 
-reduce_sq_norm = ops.by_keywords(bind, "reduce_sq_norm")
-ascend = ops.by_keywords(bind, "ascend")
-descend = ops.by_keywords(bind, "descend")
-descend_ascend = ops.by_keywords(bind, "descend_ascend")
-descend_interpolate = ops.by_keywords(bind, "descend_interpolate")
-descend_align = ops.by_keywords(bind, "descend_align")
-interpolate = ops.by_keywords(bind, "interpolate")
+def _bind_once(name: str, params: Sequence[Tensor], table: Tensor, arguments: Mapping[str, Any]) -> ops.Pass:
+    return device.bind(_prepare, _ops[name], name, params, table, arguments, once=True)
+
+
+reduce_sq_norm = ops.by_keywords(_bind_once, "reduce_sq_norm")
+ascend = ops.by_keywords(_bind_once, "ascend")
+descend = ops.by_keywords(_bind_once, "descend")
+descend_ascend = ops.by_keywords(_bind_once, "descend_ascend")
+descend_interpolate = ops.by_keywords(_bind_once, "descend_interpolate")
+descend_align = ops.by_keywords(_bind_once, "descend_align")
+interpolate = ops.by_keywords(_bind_once, "interpolate")

@@ -9,32 +9,44 @@ Arguments that all kernels have: ``rows`` and ``chunks`` of ``device.Plan``; ``P
 of the buffers and the arithmetic.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import triton
 import triton.language as tl
 
 from . import device
-from .contract import Flag
+from .contract import NUMBERS, Column, Flag, Hyper, RuleId
 
 CHUNK = tl.constexpr(device.CHUNK)  # elements of a program
 THREADS = tl.constexpr(256)
 BLOCK = tl.constexpr(1024)  # elements without a mask: four a thread, a 16-byte access of float32
 
-MAXIMIZE = tl.constexpr(int(Flag.MAXIMIZE))
-NESTEROV = tl.constexpr(int(Flag.NESTEROV))
-DECOUPLED = tl.constexpr(int(Flag.DECOUPLED))
 
-NONE, SGD, MOMENTUM, ADAM, AMSGRAD = (tl.constexpr(n) for n in range(5))  # the rules, by their state
+def _known(*values: int) -> Iterator[tl.constexpr]:
+    return (tl.constexpr(int(value)) for value in values)
 
+
+def _own(rule: RuleId, *names: str) -> Iterator[tl.constexpr]:
+    return _known(*(Hyper.OF_RULE + NUMBERS[rule].index(name) for name in names))
+
+
+# What kernels know of the contract: flags, rules, the columns of ``rows`` and how many there are, the columns of
+# ``hyper``, and of those the rules' own.
+MAXIMIZE, NESTEROV, DECOUPLED = _known(Flag.MAXIMIZE, Flag.NESTEROV, Flag.DECOUPLED)
+SGD, MOMENTUM, ADAM, AMSGRAD = _known(RuleId.SGD, RuleId.MOMENTUM, RuleId.ADAM, RuleId.AMSGRAD)
+ROW, START, SIZE, GROUP, ADDRESS = _known(Column.ROW, Column.START, Column.SIZE, Column.GROUP, Column.ADDRESS)
+COLUMNS = tl.constexpr(device.COLUMNS)
+RHO, ETA, ALPHA = _known(Hyper.RHO, Hyper.ETA, Hyper.ALPHA)
+MAX_GRAD_NORM, UNSCALE = _known(Hyper.MAX_GRAD_NORM, Hyper.UNSCALE)
+SGD_LR, SGD_MOMENTUM, SGD_DAMPENING, SGD_WEIGHT_DECAY = _own(RuleId.SGD, "lr", "momentum", "dampening", "weight_decay")
+ADAM_LR, ADAM_BETA1, ADAM_BETA2, ADAM_EPS, ADAM_WEIGHT_DECAY = _own(
+    RuleId.ADAM, "lr", "beta1", "beta2", "eps", "weight_decay"
+)
 NORM_EPSILON = tl.constexpr(1e-16)
 CLIP_EPSILON = tl.constexpr(1e-6)
 
-# Where the numbers of a pass stand in ``hyper``.
-RHO, ETA, ALPHA, MAX_GRAD_NORM, UNSCALE, OF_RULE = (tl.constexpr(n) for n in range(6))
-
-
-COUNTS = ("buckets", "flags", "tensors")  # another value compiles nothing
+COUNTS = ("buckets", "flags", "numbers", "tensors")  # another value compiles nothing
 
 
 def options(threads_a_warp: int) -> dict[str, Any]:
@@ -50,14 +62,24 @@ def options(threads_a_warp: int) -> dict[str, Any]:
 
 @triton.jit
 def _place(rows, chunks):
-    """The tensor of this program and its row of ``rows``; the number of its chunk within the tensor, and the chunk's
-    first element; the start of the tensor's slice of a flat buffer, and the tensor's elements.
+    """The tensor of this program, its row in ``steps`` and ``sums``, its row in ``hyper``; the number of its chunk
+    within the tensor, and the chunk's first element; the start of the tensor's slice of a flat buffer, the tensor's
+    elements, and its address.
     """
     program = tl.program_id(0).to(tl.int64)
     tensor = tl.load(chunks + 2 * program).to(tl.int64)
     number = tl.load(chunks + 2 * program + 1).to(tl.int64)
-    row = rows + 4 * tensor
-    return tensor, row, number, number * CHUNK, tl.load(row + 1), tl.load(row + 2)
+    own = rows + COLUMNS * tensor
+    row, group, start, size = tl.load(own + ROW), tl.load(own + GROUP), tl.load(own + START), tl.load(own + SIZE)
+    return tensor, row, group, number, number * CHUNK, start, size, tl.load(own + ADDRESS)
+
+
+@triton.jit
+def _note(done):
+    """Say that this launch has taken place, if anybody asks."""
+    if done is not None:  # noqa: SIM102
+        if tl.program_id(0) == 0:
+            tl.store(done, 1)
 
 
 @triton.jit
@@ -176,7 +198,7 @@ def _ascended(w, g, factor, eta, ADAPTS: tl.constexpr):
 @triton.jit
 def _adam_correction(step, hyper, T: tl.constexpr):
     """Adam's step size and the root that it divides the second moment's by, at update number ``step``."""
-    lr, beta1, beta2 = tl.load(hyper + OF_RULE), tl.load(hyper + OF_RULE + 1), tl.load(hyper + OF_RULE + 2)
+    lr, beta1, beta2 = tl.load(hyper + ADAM_LR), tl.load(hyper + ADAM_BETA1), tl.load(hyper + ADAM_BETA2)
     return (lr / (1.0 - _power(beta1, step))).to(T), tl.sqrt(1.0 - _power(beta2, step)).to(T)
 
 
@@ -185,23 +207,24 @@ def _constants(step, hyper, flags, T: tl.constexpr, RULE: tl.constexpr, DERIVES:
     """A rule's numbers at a tensor's update number ``step``, as in rules.h: computed once, used for every element."""
     zero = tl.full([], 0.0, T)
     if RULE == SGD or RULE == MOMENTUM:  # noqa: SIM109
-        momentum, is_first, nesterov = tl.load(hyper + OF_RULE + 1), step == 1, (flags & NESTEROV) != 0
-        lr, weight_decay = tl.load(hyper + OF_RULE).to(T), tl.load(hyper + OF_RULE + 3).to(T)
+        momentum, is_first, nesterov = tl.load(hyper + SGD_MOMENTUM), step == 1, (flags & NESTEROV) != 0
+        lr, weight_decay = tl.load(hyper + SGD_LR).to(T), tl.load(hyper + SGD_WEIGHT_DECAY).to(T)
         keep = tl.where(is_first, 0.0, momentum).to(T)
-        gain = tl.where(is_first, 1.0, 1.0 - tl.load(hyper + OF_RULE + 2)).to(T)
+        gain = tl.where(is_first, 1.0, 1.0 - tl.load(hyper + SGD_DAMPENING)).to(T)
         direct, through = tl.where(nesterov, 1.0, 0.0).to(T), tl.where(nesterov, momentum, 1.0).to(T)
         return lr, weight_decay, keep, gain, direct, through, zero, zero, zero, zero
     elif RULE == ADAM or RULE == AMSGRAD:  # noqa: SIM109
-        beta1, beta2 = tl.load(hyper + OF_RULE + 1), tl.load(hyper + OF_RULE + 2)
-        weight_decay, decoupled = tl.load(hyper + OF_RULE + 4), (flags & DECOUPLED) != 0
+        beta1, beta2 = tl.load(hyper + ADAM_BETA1), tl.load(hyper + ADAM_BETA2)
+        weight_decay, decoupled = tl.load(hyper + ADAM_WEIGHT_DECAY), (flags & DECOUPLED) != 0
         step_size, root = _adam_correction(step, hyper, T)
         before, root_before = zero, zero
         if DERIVES:
             before, root_before = _adam_correction(step - 1, hyper, T)
         coupled = tl.where(decoupled, 0.0, weight_decay).to(T)
-        shrink = tl.where(decoupled, 1.0 - tl.load(hyper + OF_RULE) * weight_decay, 1.0).to(T)
-        rest1, rest2, eps = (1.0 - beta1).to(T), (1.0 - beta2).to(T), tl.load(hyper + OF_RULE + 3).to(T)
-        return step_size, root, rest1, beta2.to(T), rest2, eps, coupled, shrink, before, root_before
+        shrink = tl.where(decoupled, 1.0 - tl.load(hyper + ADAM_LR) * weight_decay, 1.0).to(T)
+        rest1, rest2, eps = (1.0 - beta1).to(T), (1.0 - beta2).to(T), tl.load(hyper + ADAM_EPS).to(T)
+        by = tl.where(rest1 < 0.5, rest1, rest1 - 1.0)  # is positive only if it is rest1, since beta1 < 1
+        return step_size, root, by, beta2.to(T), rest2, eps, coupled, shrink, before, root_before
     else:
         return zero, zero, zero, zero, zero, zero, zero, zero, zero, zero
 
@@ -233,9 +256,9 @@ def _updated(w, g, m0, m1, m2, constants, RULE: tl.constexpr):
             g = tl.fma(m0, through, direct * g)
         w = tl.fma(g, -lr, w)
     elif RULE == ADAM or RULE == AMSGRAD:  # noqa: SIM109
-        step_size, root, rest1, beta2, rest2, eps, coupled, shrink, _, _ = constants
+        step_size, root, by, beta2, rest2, eps, coupled, shrink, _, _ = constants
         g = tl.fma(w, coupled, g)
-        m0 = tl.fma(g - m0, rest1, m0)
+        m0 = tl.fma(g - m0, by, tl.where(by > 0.0, m0, g))  # _interpolated(m0, g, rest1), in fewer registers
         m1 = tl.fma(rest2 * g, g, beta2 * m1)
         if RULE == AMSGRAD:
             m2 = tl.where(m2 > m1, m2, m1)
@@ -296,7 +319,7 @@ def _add_up(
     count = tl.maximum((size + CHUNK - 1) // CHUNK, 1).to(tl.int32)
     if _is_last(counters + 1 + tensor, count):
         first = program - number
-        to = out + tl.load(row) * TERMS if PER_TENSOR else tensor_sums + tensor * TERMS
+        to = out + row * TERMS if PER_TENSOR else tensor_sums + tensor * TERMS
         tl.store(to, _sum_in_order(partials, first, count, TERMS, 0))
         tl.store(to + 1, _sum_in_order(partials, first, count, TERMS, 1))
         if TERMS == 3:
@@ -317,10 +340,10 @@ def _squares(
     address, gradient, perturbed, begin, start, from_, to, eta, P: tl.constexpr, T: tl.constexpr, ADAPTS: tl.constexpr,
     WHOLE: tl.constexpr,
 ):  # fmt: skip
-    SIZE: tl.constexpr = BLOCK if WHOLE else THREADS
+    WIDTH: tl.constexpr = BLOCK if WHOLE else THREADS
     squares, scaled_squares = tl.zeros([THREADS], T), tl.zeros([THREADS], T)
-    for offset in range(from_, to, SIZE):
-        at, here = begin + offset, tl.arange(0, SIZE) < to - offset
+    for offset in range(from_, to, WIDTH):
+        at, here = begin + offset, tl.arange(0, WIDTH) < to - offset
         g = _read(_of_tensor(gradient, at, P, WHOLE), here, T, WHOLE)
         squares += _by_thread(g * g, WHOLE)
         if ADAPTS:
@@ -339,12 +362,12 @@ def _squares(
 
 @triton.jit(do_not_specialize=COUNTS)
 def reduce_sq_norm(
-    rows, chunks, grads, perturbed, hyper, partials, tensor_sums, counters, tensors, out, P: tl.constexpr,
+    rows, chunks, grads, perturbed, hyper, numbers, partials, tensor_sums, counters, tensors, out, P: tl.constexpr,
     T: tl.constexpr, ADAPTS: tl.constexpr,
 ):  # fmt: skip
     """``out`` = the sums of squares of T g and of g."""
-    tensor, row, number, begin, start, size = _place(rows, chunks)
-    address, gradient, eta = tl.load(row + 3), tl.load(grads + tensor), tl.load(hyper + ETA).to(T)
+    tensor, row, group, number, begin, start, size, address = _place(rows, chunks)
+    gradient, eta = tl.load(grads + tensor), tl.load(hyper + group * numbers + ETA).to(T)
     split, count = _extent(begin, size, address, gradient)
     scaled, plain = _squares(address, gradient, perturbed, begin, start, 0, split, eta, P, T, ADAPTS, True)
     more_scaled, more_plain = _squares(
@@ -359,9 +382,9 @@ def _ascend(
     address, gradient, perturbed, slow, begin, start, from_, to, factor, eta, moves, P: tl.constexpr, T: tl.constexpr,
     ADAPTS: tl.constexpr, SKIPS: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    SIZE: tl.constexpr = BLOCK if WHOLE else THREADS
-    for offset in range(from_, to, SIZE):
-        at, here = begin + offset, tl.arange(0, SIZE) < to - offset
+    WIDTH: tl.constexpr = BLOCK if WHOLE else THREADS
+    for offset in range(from_, to, WIDTH):
+        at, here = begin + offset, tl.arange(0, WIDTH) < to - offset
         params = _of_tensor(address, at, P, WHOLE)
         g = _read(_of_tensor(gradient, at, P, WHOLE), here, T, WHOLE)
         if slow is not None or perturbed is None:
@@ -380,12 +403,13 @@ def _ascend(
 
 @triton.jit(do_not_specialize=COUNTS)
 def ascend(
-    rows, chunks, grads, perturbed, slow, sq_norms, buckets, hyper, P: tl.constexpr, T: tl.constexpr,
+    rows, chunks, grads, perturbed, slow, sq_norms, buckets, hyper, numbers, done, P: tl.constexpr, T: tl.constexpr,
     ADAPTS: tl.constexpr, SKIPS: tl.constexpr,
 ):  # fmt: skip
     """Move the perturbed weights; where there is ``slow``, keep the weights there first."""
-    tensor, row, _, begin, start, size = _place(rows, chunks)
-    address, gradient = tl.load(row + 3), tl.load(grads + tensor)
+    tensor, _, group, _, begin, start, size, address = _place(rows, chunks)
+    _note(done)
+    gradient, hyper = tl.load(grads + tensor), hyper + group * numbers
     factor, eta = _ascent_factor(sq_norms, buckets, hyper).to(T), tl.load(hyper + ETA).to(T)
     moves = _moves(sq_norms, buckets, SKIPS)
     split, count = _extent(begin, size, address, gradient)
@@ -402,12 +426,12 @@ def _descend_blocks(
     SKIPS: tl.constexpr, DERIVES: tl.constexpr, ASCENDS: tl.constexpr, INTERPOLATES: tl.constexpr, ALIGNS: tl.constexpr,
     WHOLE: tl.constexpr,
 ):  # fmt: skip
-    SIZE: tl.constexpr = BLOCK if WHOLE else THREADS
+    WIDTH: tl.constexpr = BLOCK if WHOLE else THREADS
     s0, s1, s2 = state
     f0, f1, f2 = state_from
     ab, aa, bb = tl.zeros([THREADS], T), tl.zeros([THREADS], T), tl.zeros([THREADS], T)
-    for offset in range(from_, to, SIZE):
-        in_tensor, here = begin + offset, tl.arange(0, SIZE) < to - offset
+    for offset in range(from_, to, WIDTH):
+        in_tensor, here = begin + offset, tl.arange(0, WIDTH) < to - offset
         at = start + in_tensor
         params = _of_tensor(address, in_tensor, P, WHOLE)
         g = _read(_of_tensor(gradient, in_tensor, P, WHOLE), here, T, WHOLE)
@@ -473,7 +497,7 @@ def _descend_blocks(
 @triton.jit
 def _descend(
     rows, chunks, grads, perturbed, slow, fast, fast_from, first, state, state_from, steps, steps_from, sq_norms,
-    buckets, hyper, flags, P: tl.constexpr, T: tl.constexpr, RULE: tl.constexpr, ADAPTS: tl.constexpr,
+    buckets, hyper, numbers, flags, done, P: tl.constexpr, T: tl.constexpr, RULE: tl.constexpr, ADAPTS: tl.constexpr,
     SKIPS: tl.constexpr, DERIVES: tl.constexpr, CLIPS: tl.constexpr, ASCENDS: tl.constexpr, INTERPOLATES: tl.constexpr,
     ALIGNS: tl.constexpr,
 ):  # fmt: skip
@@ -481,12 +505,13 @@ def _descend(
 
     ``slow`` is None where ``fast_from`` holds the slow weights, at inner step 1 and where the fast ones are derived.
     """
-    tensor, row, number, begin, start, size = _place(rows, chunks)
-    address, gradient, of_tensor = tl.load(row + 3), tl.load(grads + tensor), tl.load(row)
+    tensor, row, group, number, begin, start, size, address = _place(rows, chunks)
+    _note(done)
+    gradient, hyper = tl.load(grads + tensor), hyper + group * numbers
     moves = _moves(sq_norms, buckets, SKIPS)
-    step = tl.load(steps_from + of_tensor) + 1.0
+    step = tl.load(steps_from + row) + 1.0
     if number == 0:
-        tl.store(steps + of_tensor, tl.where(moves, step, step - 1.0) if SKIPS else step)
+        tl.store(steps + row, tl.where(moves, step, step - 1.0) if SKIPS else step)
     constants = _constants(step.to(tl.int32), hyper, flags, T, RULE, DERIVES)
     scale = _gradient_scale(sq_norms, buckets, hyper, flags, CLIPS).to(T)
     factor, eta, alpha = scale, tl.load(hyper + ETA).to(T), tl.load(hyper + ALPHA).to(T)
@@ -508,53 +533,54 @@ def _descend(
 
 @triton.jit(do_not_specialize=COUNTS)
 def descend(
-    rows, chunks, grads, fast, fast_from, s0, s1, s2, f0, f1, f2, steps, steps_from, sq_norms, buckets, hyper, flags,
-    P: tl.constexpr, T: tl.constexpr, RULE: tl.constexpr, SKIPS: tl.constexpr, DERIVES: tl.constexpr,
+    rows, chunks, grads, fast, fast_from, s0, s1, s2, f0, f1, f2, steps, steps_from, sq_norms, buckets, hyper, numbers,
+    flags, P: tl.constexpr, T: tl.constexpr, RULE: tl.constexpr, SKIPS: tl.constexpr, DERIVES: tl.constexpr,
     CLIPS: tl.constexpr,
 ):  # fmt: skip
     """Move the fast weights."""
     _descend(
         rows, chunks, grads, None, None, fast, fast_from, None, (s0, s1, s2), (f0, f1, f2), steps, steps_from,
-        sq_norms, buckets, hyper, flags, P, T, RULE, False, SKIPS, DERIVES, CLIPS, False, False, False,
+        sq_norms, buckets, hyper, numbers, flags, None, P, T, RULE, False, SKIPS, DERIVES, CLIPS, False, False, False,
     )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=COUNTS)
 def descend_ascend(
     rows, chunks, grads, perturbed, fast, fast_from, s0, s1, s2, f0, f1, f2, steps, steps_from, sq_norms, buckets,
-    hyper, flags, P: tl.constexpr, T: tl.constexpr, RULE: tl.constexpr, ADAPTS: tl.constexpr, SKIPS: tl.constexpr,
-    DERIVES: tl.constexpr,
+    hyper, numbers, flags, P: tl.constexpr, T: tl.constexpr, RULE: tl.constexpr, ADAPTS: tl.constexpr,
+    SKIPS: tl.constexpr, DERIVES: tl.constexpr,
 ):  # fmt: skip
     """Move the fast weights, then the perturbed ones."""
     _descend(
         rows, chunks, grads, perturbed, None, fast, fast_from, None, (s0, s1, s2), (f0, f1, f2), steps, steps_from,
-        sq_norms, buckets, hyper, flags, P, T, RULE, ADAPTS, SKIPS, DERIVES, True, True, False, False,
+        sq_norms, buckets, hyper, numbers, flags, None, P, T, RULE, ADAPTS, SKIPS, DERIVES, True, True, False, False,
     )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=COUNTS)
 def descend_interpolate(
-    rows, chunks, grads, slow, fast_from, s0, s1, s2, f0, f1, f2, steps, steps_from, sq_norms, buckets, hyper, flags,
-    P: tl.constexpr, T: tl.constexpr, RULE: tl.constexpr, SKIPS: tl.constexpr, DERIVES: tl.constexpr,
+    rows, chunks, grads, slow, fast_from, s0, s1, s2, f0, f1, f2, steps, steps_from, sq_norms, buckets, hyper, numbers,
+    flags, done, P: tl.constexpr, T: tl.constexpr, RULE: tl.constexpr, SKIPS: tl.constexpr, DERIVES: tl.constexpr,
     CLIPS: tl.constexpr,
 ):  # fmt: skip
     """The last descent, and the new weights between slow and fast."""
     _descend(
         rows, chunks, grads, None, slow, None, fast_from, None, (s0, s1, s2), (f0, f1, f2), steps, steps_from,
-        sq_norms, buckets, hyper, flags, P, T, RULE, False, SKIPS, DERIVES, CLIPS, False, True, False,
+        sq_norms, buckets, hyper, numbers, flags, done, P, T, RULE, False, SKIPS, DERIVES, CLIPS, False, True, False,
     )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=COUNTS)
 def descend_align(
     rows, chunks, grads, perturbed, slow, fast_from, first, s0, s1, s2, f0, f1, f2, steps, steps_from, sq_norms,
-    buckets, hyper, flags, partials, tensor_sums, counters, tensors, out, P: tl.constexpr, T: tl.constexpr,
-    RULE: tl.constexpr, SKIPS: tl.constexpr, DERIVES: tl.constexpr, CLIPS: tl.constexpr, PER_TENSOR: tl.constexpr,
+    buckets, hyper, numbers, flags, done, partials, tensor_sums, counters, tensors, out, P: tl.constexpr,
+    T: tl.constexpr, RULE: tl.constexpr, SKIPS: tl.constexpr, DERIVES: tl.constexpr, CLIPS: tl.constexpr,
+    PER_TENSOR: tl.constexpr,
 ):  # fmt: skip
     """The last descent, which leaves fast_k where the perturbed weights were, and the sums that alpha* is made of."""
     ab, aa, bb, tensor, row, number, size = _descend(
         rows, chunks, grads, perturbed, slow, None, fast_from, first, (s0, s1, s2), (f0, f1, f2), steps, steps_from,
-        sq_norms, buckets, hyper, flags, P, T, RULE, False, SKIPS, DERIVES, CLIPS, False, False, True,
+        sq_norms, buckets, hyper, numbers, flags, done, P, T, RULE, False, SKIPS, DERIVES, CLIPS, False, False, True,
     )  # fmt: skip
     _add_up(ab, aa, bb, tensor, row, number, size, partials, tensor_sums, counters, tensors, out, PER_TENSOR, 3)
 
@@ -563,9 +589,9 @@ def descend_align(
 def _interpolate(
     address, perturbed, slow, begin, start, from_, to, alpha, P: tl.constexpr, T: tl.constexpr, WHOLE: tl.constexpr
 ):
-    SIZE: tl.constexpr = BLOCK if WHOLE else THREADS
-    for offset in range(from_, to, SIZE):
-        at, here = begin + offset, tl.arange(0, SIZE) < to - offset
+    WIDTH: tl.constexpr = BLOCK if WHOLE else THREADS
+    for offset in range(from_, to, WIDTH):
+        at, here = begin + offset, tl.arange(0, WIDTH) < to - offset
         params = _of_tensor(address, at, P, WHOLE)
         if perturbed is None:
             fast = _read(params, here, T, WHOLE)
@@ -580,10 +606,10 @@ def interpolate(
     rows, chunks, perturbed, slow, sums, buckets, P: tl.constexpr, T: tl.constexpr, PER_TENSOR: tl.constexpr
 ):
     """New weights between slow and fast_k with alpha* = (cos + 1) / 2; the cosine of a zero vector is 0."""
-    _, row, _, begin, start, size = _place(rows, chunks)
+    _, row, _, _, begin, start, size, address = _place(rows, chunks)
     ab, aa, bb = tl.full([], 0.0, tl.float64), tl.full([], 0.0, tl.float64), tl.full([], 0.0, tl.float64)
     if PER_TENSOR:
-        own = sums + 3 * tl.load(row)
+        own = sums + 3 * row
         ab, aa, bb = tl.load(own), tl.load(own + 1), tl.load(own + 2)
     else:
         for bucket in range(buckets):
@@ -594,7 +620,6 @@ def interpolate(
     cosine = tl.where(norms == 0, 0.0, ab / tl.where(norms == 0, 1.0, norms))
     cosine = tl.where(cosine > 1.0, 1.0, tl.where(cosine < -1.0, -1.0, cosine))  # NaN stays NaN
     alpha = ((cosine + 1.0) / 2.0).to(T)
-    address = tl.load(row + 3)
     split, count = _extent(begin, size, address, address)
     _interpolate(address, perturbed, slow, begin, start, 0, split, alpha, P, T, True)
     _interpolate(address, perturbed, slow, begin, start, split, count, alpha, P, T, False)

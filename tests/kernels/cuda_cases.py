@@ -52,23 +52,30 @@ class Executor:
         self.callback = CALLBACK(self.execute)  # to be kept
         self.library.set_executor(self.callback)
         cuda.unavailable, cuda.serves = None, lambda device: True
-        self.launch, cuda._passes._launch = cuda._launch, self.launched
-        self.pass_launch, device.Call.launch = device.Call.launch, self.of_call()
+        self.by_address: tuple[list[Tensor], list[Tensor]] = [], []
+        self.prepare, cuda._prepare = cuda._prepare, self.prepared
+        self.call_launch, device.Call.launch = device.Call.launch, self.of_call()
 
     def of_call(self) -> Any:
-        """In the place of ``Call.launch``: notes the tensors that the kernel finds by address."""
+        """In the place of ``Call.launch``: notes the tensors that the kernels find by address."""
 
-        def launch(call: device.Call, name: str, total: Tensor | None = None, **arguments: Any) -> None:
-            self.reached, self.readonly = list(call.params), list(getattr(call, "kept", ()))
-            self.pass_launch(call, name, total, **arguments)
+        def launch(call: device.Call) -> None:
+            self.by_address = call.params, call.kept
+            self.call_launch(call)
 
         return launch
 
-    def launched(self, name: str, plan: device.Plan, dtype: torch.dtype, arguments: dict[str, Any]) -> None:
-        """In the place of ``cuda._launch``: notes the tensors that the kernel is given."""
-        self.note(name, arguments)
-        self.arguments = {**arguments, "dtype": dtype, "elements": plan.elements, "row_count": plan.row_count}
-        self.launch(name, plan, dtype, arguments)
+    def prepared(self, name: str, plan: device.Plan, dtype: torch.dtype, arguments: dict[str, Any]) -> Any:
+        """In the place of ``cuda._prepare``: notes, at each launch, the tensors that the kernel is given."""
+        launch = self.prepare(name, plan, dtype, arguments)
+
+        def noted() -> None:
+            self.note(name, arguments)
+            sizes = {"elements": plan.elements, "row_count": plan.row_count, "group_count": plan.group_count}
+            self.arguments = {**arguments, **sizes, "dtype": dtype}
+            launch()
+
+        return noted
 
     def note(self, name: str, arguments: dict[str, Any]) -> None:
         """Only what the op's schema says is written may be written."""
@@ -76,8 +83,9 @@ class Executor:
         tensors = [(a, arguments.get(a.name)) for a in given if isinstance(arguments.get(a.name), Tensor)]
         written = [t for a, t in tensors if a.alias_info is not None and a.alias_info.is_write]
         places = {t.data_ptr() for t in written}
-        self.name, self.reached = name, self.reached + written
-        self.readonly += [t for _, t in tensors if t.data_ptr() not in places]
+        params, grads = self.by_address
+        self.name, self.reached = name, [*params, *written]
+        self.readonly = [*grads, *(t for _, t in tensors if t.data_ptr() not in places)]
 
     def module(self, dtype: torch.dtype) -> PTX:
         """The kernels for parameters of a dtype."""
@@ -257,7 +265,8 @@ def refusals(executor: Executor) -> Iterable[str]:
         "steps": right["steps"][:1],
         "steps_from": right["steps_from"].int(),
         "sq_norms": right["sq_norms"].float(),
-        "hyper": right["hyper"][:-1],
+        "hyper": right["hyper"][:1],
+        "done": right["done"].long(),
         "rule": 5,
         "flags": int(Flag.DERIVES | Flag.NESTEROV),
         "counters": right["counters"][1:],
@@ -302,19 +311,21 @@ def far(executor: Executor) -> int:
     p, g, slow = torch.ones(count), torch.full((count,), 2.0), torch.zeros(count)
     expected = p + 0.5 * g
     arguments = {
-        "rows": torch.tensor([[0, -begin, size, p.data_ptr() - 4 * begin]]),
+        "rows": torch.tensor([[0, -begin, size, 0, p.data_ptr() - 4 * begin]]),
         "chunks": torch.tensor([[0, number]], dtype=torch.int32),
         "dtype": torch.float32,
         "elements": count,
         "row_count": 1,
+        "group_count": 1,
         "grads": torch.tensor([g.data_ptr() - 4 * begin]),
         "perturbed": None,
         "slow": slow,
         "sq_norms": torch.tensor([[1.0, 1.0]], dtype=torch.float64),
-        "hyper": torch.tensor([0.5, 0, 0, 0, 1], dtype=torch.float64),
+        "hyper": torch.tensor([[0.5, 0, 0, 0, 1]], dtype=torch.float64),
         "flags": 0,
+        "done": None,
     }
-    executor.reached, executor.readonly = [p], [g]
+    executor.by_address = [p], [g]
     executor.note("ascend", arguments)
     cuda._kernels["ascend"](**arguments)
     assert torch.equal(slow, torch.ones(count))

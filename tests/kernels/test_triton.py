@@ -18,7 +18,9 @@ import torch
 from torch import Tensor
 
 from lookbehind_fused import Lookbehind
-from lookbehind_fused.kernels import SCHEMAS, Flag, cuda, device, triton
+from lookbehind_fused.kernels import SCHEMAS, Flag, RuleId, cuda, device, triton
+from lookbehind_fused.kernels.contract import Column
+from lookbehind_fused.kernels.schema import ARGUMENTS
 from tests.kernels.mutants import ROOT, assert_noticed, assert_passed, cases_of, copied_to, mutate
 from tests.kernels.passes import DESCENTS, Case
 
@@ -132,8 +134,8 @@ MUTANTS = {
         *("interpreter", "descend"),
     ),
     "offsets of 32 bits": (
-        "return tensor, row, number, number * CHUNK,",
-        "return tensor, row, number, (number.to(tl.int32) * CHUNK).to(tl.int64),",
+        "return tensor, row, group, number, number * CHUNK,",
+        "return tensor, row, group, number, (number.to(tl.int32) * CHUNK).to(tl.int64),",
         *("sm90", "--far"),
     ),
     "a counter not put back": (
@@ -238,17 +240,17 @@ def test_the_compiler_takes_the_ops_as_they_are(backend: Any, namespace: str) ->
         on_gpu = {"device": "cuda", "dtype": torch.float32}
         p, g, slow, state = (torch.empty(100, **on_gpu) for _ in range(4))
         norms = torch.empty(1, 2, dtype=torch.float64, device="cuda")
-        hyper = torch.empty(9, dtype=torch.float64, device="cuda")
-        steps, table = torch.empty(1, **on_gpu), torch.empty(1, 6, dtype=torch.int64)
+        hyper = torch.empty(1, 9, dtype=torch.float64, device="cuda")
+        done = torch.empty(1, dtype=torch.int32, device="cuda")
+        steps, table = torch.empty(1, **on_gpu), torch.empty(1, 7, dtype=torch.int64)
 
         @torch.compile(fullgraph=True, backend=kept)
         def step() -> None:
             common = {"params": [p], "grads": [g], "table": table, "hyper": hyper, "flags": 0}
-            backend.ascend(**common, perturbed=None, slow=slow, sq_norms=norms, row=0)
+            backend.ascend(**common, slow=slow, sq_norms=norms, row=0, done=done)
             backend.descend_interpolate(
-                **common, slow=slow, fast=slow, state=[state], state_from=[], steps=steps, steps_from=None,
-                sq_norms=None, rule="sgd",
-            )  # fmt: skip
+                **common, slow=slow, fast=slow, state=[state], steps=steps, rule=int(RuleId.MOMENTUM), done=done
+            )
 
         step()
     torch._dynamo.reset()
@@ -264,15 +266,16 @@ def test_nothing_is_uploaded_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     """Once warm, a pass over tensors that have stayed where they are allocates nothing and copies nothing to the
     device: what a captured CUDA graph needs.
     """
-    from lookbehind_fused.kernels import triton_kernels
+    from lookbehind_fused.kernels import ops, triton_kernels
 
     uploads: list[int] = []
     monkeypatch.setattr(device.Plan, "_upload", lambda self, values, to: (uploads.append(1), to.copy_(values)))
-    case = Case("descend_ascend", torch.float32, [5000, 3], "adam", row=0)
-    arguments = case.copies()
+    arguments = Case("descend_ascend", torch.float32, [5000, 3], "adam", row=0).copies()
+    params, grads, table = (arguments.pop(name) for name in ("params", "grads", "table"))
     for name in SCHEMAS:
         monkeypatch.setattr(triton_kernels, name, Launched(getattr(triton_kernels, name)))
-    triton.descend_ascend(**arguments)
+    run = triton.bind("descend_ascend", params, table, arguments)
+    run(grads)
     assert len(uploads) == 2  # where the tensors are, and their gradients
 
     class Seen(torch.utils._python_dispatch.TorchDispatchMode):
@@ -280,13 +283,22 @@ def test_nothing_is_uploaded_twice(monkeypatch: pytest.MonkeyPatch) -> None:
             assert func.is_view, f"{func} in a warm pass"
             return func(*args, **(kwargs or {}))
 
-    values = [arguments[a.name] for a in torch.ops.lookbehind_fused_triton.descend_ascend.default._schema.arguments]
+    monkeypatch.setattr(ops, "is_in_torch_dispatch_mode", lambda: False)  # the mode is to see what a pass does
     with Seen():
-        triton._passes.descend_ascend(*values)
+        run(grads)
     assert len(uploads) == 2
-    arguments["grads"][0] = arguments["grads"][0].clone()
-    triton.descend_ascend(**arguments)
+    grads[0] = grads[0].clone()
+    run(grads)
     assert len(uploads) == 3
+    table[:, Column.ADDRESS :] = 0  # whoever moves a parameter writes into the table
+    run(grads)
+    assert len(uploads) == 4
+    values = [
+        {**arguments, "params": params, "grads": grads, "table": table}[name] for name in ARGUMENTS["descend_ascend"]
+    ]
+    for expected in (6, 6):  # the op finds its plan by the table
+        torch.ops.lookbehind_fused_triton.descend_ascend.default(*values)
+        assert len(uploads) == expected
 
 
 @pytest.mark.parametrize(

@@ -76,9 +76,12 @@ def check_again(case: Any, backend: Any) -> None:
     from lookbehind_fused.kernels import reference
 
     expected, arguments = case.run(reference, torch.float64), case.copies()
+    given = dict(arguments)
+    params, grads, table = (given.pop(name) for name in ("params", "grads", "table"))
+    run = backend.bind("reduce_sq_norm", params, table, given)
     for _ in range(2):
         arguments["sq_norms"][case.arguments["row"]] = float("nan")
-        backend.reduce_sq_norm(**arguments)
+        run(grads)
         case.check_written(arguments, expected)
 
 
@@ -127,11 +130,11 @@ def whole_steps(sample: int) -> int:
 
     driver, launch = simdriver._active, Call.launch
 
-    def registered(self: Any, *arguments: Any, **keywords: Any) -> None:
+    def registered(self: Any) -> None:
         driver.clear()
         driver.register(*(p.detach() for p in self.params if p.numel()))
-        driver.register(*(g for g in getattr(self, "kept", ()) if g.numel()), readonly=True)
-        launch(self, *arguments, **keywords)
+        driver.register(*(g for g in self.kept if g.numel()), readonly=True)
+        launch(self)
 
     Call.launch = registered
     chosen = step_cases(sample)
@@ -166,14 +169,14 @@ def far() -> int:
     driver = simdriver.activate(90)
     driver.register(p, slow)
     driver.register(g, readonly=True)
-    rows = torch.tensor([[0, -begin, size, p.data_ptr() - 4 * begin]])
+    rows = torch.tensor([[0, -begin, size, 0, p.data_ptr() - 4 * begin]])
     grads, chunks = torch.tensor([g.data_ptr() - 4 * begin]), torch.tensor([[0, number]], dtype=torch.int32)
-    norms, hyper = torch.tensor([[1.0, 1.0]], dtype=torch.float64), torch.tensor([0.5, 0, 0, 0], dtype=torch.float64)
+    norms, hyper = torch.tensor([[1.0, 1.0]], dtype=torch.float64), torch.tensor([[0.5, 0]], dtype=torch.float64)
     import triton.language as tl
 
     kernels.ascend[(1,)](
         rows=rows, chunks=chunks, grads=grads, perturbed=None, slow=slow, sq_norms=norms, buckets=1, hyper=hyper,
-        P=tl.float32, T=tl.float32, ADAPTS=False, SKIPS=False, **kernels.options(32),
+        numbers=2, done=None, P=tl.float32, T=tl.float32, ADAPTS=False, SKIPS=False, **kernels.options(32),
     )  # fmt: skip
     assert torch.equal(slow, torch.ones(count))
     assert torch.equal(p, expected)
