@@ -16,7 +16,16 @@ from .arguments import check_fraction, check_int
 from .buckets import flat_layout, flat_view
 from .open_step import Part
 from .optimizer import Lookbehind
-from .tensors import ROUNDED, check_parameters, compute_dtype, layout, params_and_names, tensors_of, trained
+from .tensors import (
+    ROUNDED,
+    check_parameters,
+    compute_dtype,
+    layout,
+    params_and_names,
+    tensors_of,
+    trained,
+    weights_written,
+)
 
 
 class Lookahead(Optimizer):
@@ -372,11 +381,13 @@ class _Copies:
         params, slow = map(list, zip(*moved, strict=True))
         new = torch._foreach_lerp(slow, [p.to(self.dtype) for p in params], alpha)
         torch._foreach_copy_([*slow, *params, self.done], [*new, *new, torch.ones_like(self.done)])
+        weights_written()
 
 
 @torch.no_grad()
 def _copy(sources: Sequence[Tensor], targets: Sequence[Tensor]) -> None:
     torch._foreach_copy_(targets, sources)
+    weights_written()
 
 
 def _moves(p: Tensor) -> bool:
