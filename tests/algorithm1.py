@@ -72,6 +72,7 @@ def algorithm1(
     """
     rho, adaptive, eta = (each(value, len(params)) for value in (rho, adaptive, eta))
     working = [arithmetic or (torch.float32 if p.dtype in (torch.bfloat16, torch.float16) else p.dtype) for p in params]
+    maximize = each(getattr(base, "maximize", False), len(params))
     evaluations = skipped = 0
 
     def usable(g: Gradients) -> bool:
@@ -95,7 +96,7 @@ def algorithm1(
         if i == 1:
             grad_norm = norm(g)
         if usable(g):  # maximizing f is minimizing -f
-            up = [x if x is None or not down else -x for x, down in zip(g, base.maximize, strict=True)]
+            up = [x if x is None or not down else -x for x, down in zip(g, maximize, strict=True)]
             perturbed = ascend(perturbed, up, rho, adaptive, eta)
         g = evaluate(perturbed)
         if usable(g):
