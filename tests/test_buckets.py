@@ -263,8 +263,8 @@ def fifty_groups(base: str, apart: bool) -> Callable[[Sequence[Tensor]], list[di
         made = []
         for n, p in enumerate(params):
             own = {key: value(n) for key, value in HYPER[base].items()}
-            numbers = {"lr": 0.01 + 0.001 * n, "rho": 0.02 + 0.01 * n, "eta": 0.01 + 0.002 * n, **own}
-            made.append({"params": [p], **numbers, **({"adaptive": n % 3 == 0} if apart else {})})
+            scaled = {"adaptive": n % 3 == 0} if apart else {}
+            made.append({"params": [p], "lr": 0.01 + 0.001 * n, **scaled, **own})
         return made
 
     return groups
@@ -284,6 +284,9 @@ def test_fifty_groups_are_algorithm_1(
     options: dict[str, Any] = {"k": k, "alpha": alpha, "alpha_scope": scope}
     shapes = [(3,), (2, 2)] * 25
     twin = Twin(backend, base, groups=fifty_groups(base, apart), shapes=shapes, form=form, missing=missing, **options)
+    for optimizer, _ in twin.sides():
+        for n, group in enumerate(optimizer.param_groups):
+            group.update({"rho": 0.02 + 0.01 * n, "eta": 0.01 + 0.002 * n})
     for step in range(3):
         twin.step()
         for optimizer, _ in twin.sides():
