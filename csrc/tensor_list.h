@@ -1,5 +1,5 @@
-// A Tensor[] argument as addresses, sizes and strides: torch::stable::Tensor would cost two allocations for each tensor,
-// more than the work of a pass on a small one.
+// A Tensor[] argument as addresses, sizes and strides: torch::stable::Tensor would cost two allocations for each
+// tensor, more than the work of a pass on a small one.
 #pragma once
 
 #include <torch/csrc/stable/library.h>

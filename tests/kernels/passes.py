@@ -19,8 +19,8 @@ from tests.conftest import LOW_PRECISION, assert_equal, dense, scaled_error
 
 OPS = {name: getattr(torch.ops.lookbehind_fused, name).default for name in SCHEMAS}
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
-# Of one pass: eight roundings of a number of the size of one, and two units that the division of a GPU (div.full.f32) may
-# be off. Whole steps have 2e-6 and 1e-12 elsewhere.
+# Of one pass: eight roundings of a number of the size of one, and two units that a GPU's division (div.full.f32) may be
+# off. Whole steps have 2e-6 and 1e-12 elsewhere.
 TOLERANCE = {torch.float64: 1e-15, torch.float32: 7e-7, torch.bfloat16: 7e-7, torch.float16: 7e-7}
 
 # name: rule, flags
