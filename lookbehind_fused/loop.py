@@ -125,7 +125,9 @@ class Loop(Saved):
                         )
                     with torch.no_grad():
                         step.use() if uses else step.applied(evaluation)
-                self._complete(step)
+                with torch.no_grad():
+                    step.commit()
+                self._closed(step)
             except BaseException:
                 self._settle(step)
                 raise
@@ -133,18 +135,14 @@ class Loop(Saved):
             if self._open is step:  # an interrupt came while another was settled
                 self._settle(step)
 
-    def _complete(self, step: OpenStep) -> None:
-        """After the last evaluation."""
-        step.commit()
-        self._closed(step)
-
     @torch.no_grad()
     def _use_half(self, step: OpenStep) -> None:
         if step is not self._open:
             self._begin(step, uses=True)
         step.use()
         if step.position == len(step.program.evaluations):
-            self._complete(step)
+            step.commit()
+            self._closed(step)
 
     def _half_step(self, name: str, other: str, *, ascends: bool) -> None:
         step = self._open
