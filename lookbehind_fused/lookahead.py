@@ -32,6 +32,9 @@ class Lookahead(Optimizer):
         with optimizer.slow_weights():
             evaluate(model)
 
+    A step that moves nothing since its gradients are not finite does not count: with ``nonfinite="skip"`` of
+    ``Lookbehind``, and under a ``GradScaler`` with ``fused`` optimizers, each step therefore waits for the device.
+
     Every other form of a step that ``Lookbehind`` and the methods of its family have (``evaluations()``,
     ``first_step()``, ...) is there too and counts. Other optimizers are to be stepped through this one. Attributes of
     the optimizer can be read here, but are set on it: ``optimizer.optimizer.grad_scale = 8.0``. A second ``Lookahead``
@@ -148,7 +151,8 @@ class Lookahead(Optimizer):
         finally:
             for name in scaling:
                 vars(self.optimizer).pop(name, None)
-        part.commit()
+        if not scaling.get("found_inf"):  # else it was skipped
+            part.commit()
         return result
 
     def _step_of_lookbehind(self, *args: Any, **kwargs: Any) -> Any:
@@ -322,8 +326,10 @@ class LookaheadPart(Part):
         self.lookahead.begin_step()
 
     def commit(self) -> None:
-        """The k-th step moves the slow weights."""
-        self.lookahead.end_step(self.inner_step)
+        """The k-th step moves the slow weights; one that was skipped does not count."""
+        step = getattr(self.lookahead.optimizer, "_open", None)
+        if step is None or not step.skipped():
+            self.lookahead.end_step(self.inner_step)
 
 
 class _Copies:

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 from .buckets import Bucket
+from .kernels.contract import Flag
+from .kernels.reference import finite
 from .norms import Norms
 from .program import BETWEEN, KEPT, Evaluation, Program
 
@@ -217,6 +219,16 @@ class OpenStep:
         self.final = None
 
     # ---- what others may see ----
+
+    def skipped(self) -> bool:
+        """Whether no descent has taken place, for want of a finite gradient. With "skip" it waits for the device."""
+        bucket = self.buckets[0]
+        if not bucket.flags & Flag.SKIPS:
+            return False
+        calls = [call for of_one in bucket.calls for call in of_one if not call.gathers]
+        slots = {call.slot for call in calls if call.op == "own_step" or call.op.startswith("descend")}
+        squares = self.norms.squares[bucket.device]
+        return not finite(torch.stack([squares[slot] for slot in slots])).any()
 
     def slow_weights(self) -> dict[Tensor, Tensor]:
         """Of each tensor that has been moved its slow weights: views of the buckets' memory."""
