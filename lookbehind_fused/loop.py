@@ -186,7 +186,7 @@ class Loop(Saved):
 
     def _closed(self, step: OpenStep) -> None:
         """A step has been undone or completed."""
-        self._last = None
+        self._last, step.parts = None, ()  # of which some refer to what refers to this optimizer
         if step.phase == DONE:
             if step.published:
                 self._prepared.see_state()
