@@ -56,15 +56,9 @@ class Lookahead(Optimizer):
     """
 
     def __init__(
-        self,
-        optimizer: Optimizer | type[Optimizer],
-        k: int = 5,
-        alpha: float = 0.5,
-        *,
-        params: Any = None,
-        backend: str = "auto",
-        **kwargs: Any,
-    ) -> None:
+        self, optimizer: Optimizer | type[Optimizer], k: int = 5, alpha: float = 0.5, *,
+        params: Any = None, backend: str = "auto", **kwargs: Any,
+    ) -> None:  # fmt: skip
         check_int("k", k, 1)
         check_fraction("alpha", alpha)
         kernels.resolve(backend)

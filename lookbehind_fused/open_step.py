@@ -54,14 +54,9 @@ class OpenStep:
     """
 
     def __init__(
-        self,
-        program: Program,
-        buckets: list[Bucket],
-        norms: Norms,
-        parts: Sequence[Part],
-        own_step: Any = None,
-        by_halves: bool = False,
-    ) -> None:
+        self, program: Program, buckets: list[Bucket], norms: Norms, parts: Sequence[Part],
+        own_step: Any = None, by_halves: bool = False,
+    ) -> None:  # fmt: skip
         self.program, self.buckets, self.norms = program, buckets, norms
         self.parts, self.own_step, self.by_halves = parts, own_step, by_halves
         self.phase = IDLE
