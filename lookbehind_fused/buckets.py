@@ -57,15 +57,9 @@ class Bucket:
     """
 
     def __init__(
-        self,
-        number: int,
-        members: Sequence[Member],
-        groups: Mapping[str, dict[str, Any]],
-        adaptive: bool,
-        base: Optimizer,
-        rule: Rule,
-        kernels: ModuleType,
-    ) -> None:
+        self, number: int, members: Sequence[Member], groups: Mapping[str, dict[str, Any]], adaptive: bool,
+        base: Optimizer, rule: Rule, kernels: ModuleType,
+    ) -> None:  # fmt: skip
         self.number, self.groups, self.adaptive = number, groups, adaptive
         self.base, self.rule, self.kernels = base, rule, kernels
         self.indices, self.names, self.params = ([*column] for column in list(zip(*members, strict=True))[:3])

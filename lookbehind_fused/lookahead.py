@@ -41,6 +41,9 @@ class Lookahead(Optimizer):
         with optimizer.slow_weights():
             evaluate(model)
 
+    A step that moves nothing since its gradients are not finite does not count: with ``nonfinite="skip"`` of
+    ``Lookbehind``, and under a ``GradScaler`` with ``fused`` optimizers, each step therefore waits for the device.
+
     Every other form of a step that ``Lookbehind`` and the methods of its family have (``evaluations()``,
     ``first_step()``, ...) is there too and counts. Other optimizers are to be stepped through this one. Attributes of
     the optimizer can be read here, but are set on it: ``optimizer.optimizer.grad_scale = 8.0``. A second ``Lookahead``
@@ -62,15 +65,9 @@ class Lookahead(Optimizer):
     """
 
     def __init__(
-        self,
-        optimizer: Optimizer | type[Optimizer],
-        k: int = 5,
-        alpha: float = 0.5,
-        *,
-        params: Any = None,
-        backend: str = "auto",
-        **kwargs: Any,
-    ) -> None:
+        self, optimizer: Optimizer | type[Optimizer], k: int = 5, alpha: float = 0.5, *,
+        params: Any = None, backend: str = "auto", **kwargs: Any,
+    ) -> None:  # fmt: skip
         check_int("k", k, 1)
         check_fraction("alpha", alpha)
         kernels.resolve(backend)
@@ -157,7 +154,8 @@ class Lookahead(Optimizer):
         finally:
             for name in scaling:
                 vars(self.optimizer).pop(name, None)
-        part.commit()
+        if not scaling.get("found_inf"):  # else it was skipped
+            part.commit()
         return result
 
     def _step_of_lookbehind(self, *args: Any, **kwargs: Any) -> Any:
@@ -334,9 +332,11 @@ class LookaheadPart(Part):
         self.lookahead.begin_step()
 
     def commit(self) -> None:
-        """The k-th step moves the slow weights."""
+        """The k-th step moves the slow weights; one that was skipped does not count."""
         self.commits += 1
-        self.lookahead.end_step(self.inner_step, again=self.commits > 1)
+        step = getattr(self.lookahead.optimizer, "_open", None)
+        if step is None or not step.skipped():
+            self.lookahead.end_step(self.inner_step, again=self.commits > 1)
 
 
 class _Copies:

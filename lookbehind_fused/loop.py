@@ -184,7 +184,7 @@ class Loop(Saved):
 
     def _closed(self, step: OpenStep) -> None:
         """A step has been undone or completed."""
-        self._last = None
+        self._last, step.parts, step.own_step = None, (), None  # some refer to what refers to this optimizer
         if step.phase == DONE:
             if step.published:
                 self._prepared.see_state()
@@ -192,7 +192,6 @@ class Loop(Saved):
                 self._previous.kept = {}
             self._last = step, self._settings, self.grad_scale
             self._opt_called = self.base_optimizer._opt_called = True  # LR schedulers look for it
-        step.parts, step.own_step = (), None  # their copies are not needed any more, and one may hold on to this
         self._open = None
 
     # ---- hooks: torch runs them around step(); the other forms of a step run them here ----

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 from .buckets import Bucket
+from .kernels.contract import Flag
+from .kernels.reference import finite
 from .norms import Norms
 from .program import BETWEEN, KEPT, Evaluation, Program
 from .tensors import weights_written
@@ -53,14 +55,9 @@ class OpenStep:
     """
 
     def __init__(
-        self,
-        program: Program,
-        buckets: list[Bucket],
-        norms: Norms,
-        parts: Sequence[Part],
-        own_step: Any = None,
-        by_halves: bool = False,
-    ) -> None:
+        self, program: Program, buckets: list[Bucket], norms: Norms, parts: Sequence[Part],
+        own_step: Any = None, by_halves: bool = False,
+    ) -> None:  # fmt: skip
         self.program, self.buckets, self.norms = program, buckets, norms
         self.parts, self.own_step, self.by_halves = parts, own_step, by_halves
         self.phase = IDLE
@@ -223,6 +220,16 @@ class OpenStep:
         self.final = None
 
     # ---- what others may see ----
+
+    def skipped(self) -> bool:
+        """Whether no descent has taken place, for want of a finite gradient. With "skip" it waits for the device."""
+        bucket = self.buckets[0]
+        if not bucket.flags & Flag.SKIPS:
+            return False
+        calls = [call for of_one in bucket.calls for call in of_one if not call.gathers]
+        slots = {call.slot for call in calls if call.op == "own_step" or call.op.startswith("descend")}
+        squares = self.norms.squares[bucket.device]
+        return not finite(torch.stack([squares[slot] for slot in slots])).any()
 
     def slow_weights(self) -> dict[Tensor, Tensor]:
         """Of each tensor that has been moved its slow weights: views of the buckets' memory."""

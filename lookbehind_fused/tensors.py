@@ -79,7 +79,7 @@ def _unsuitable(p: Tensor) -> str | None:
         return "a real tensor"
     if p.is_floating_point() and p.dtype not in DTYPES:
         return "dtype " + ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
-    if not _is_dense(p):
+    if memory_order(p) is None:
         return "a tensor whose elements fill its memory once, without gaps or overlap"
     return None
 
@@ -108,10 +108,6 @@ def memory_order(x: Tensor) -> tuple[int, ...] | None:
             return None
         expected *= size
     return tuple(stride for stride, _ in sizes_and_strides)
-
-
-def _is_dense(x: Tensor) -> bool:
-    return memory_order(x) is not None
 
 
 def layout(p: Tensor) -> tuple:

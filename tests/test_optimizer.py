@@ -12,6 +12,7 @@ import math
 import warnings
 import weakref
 from contextlib import contextmanager, suppress
+from functools import partial
 
 import pytest
 import torch
@@ -19,8 +20,9 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lookbehind_fused import Lookbehind
+from lookbehind_fused import Lookahead, Lookbehind
 from tests.conftest import assert_same_state, assert_torchs_weights, drive
+from tests.twin import BASES, scaled_apart
 
 FORMS = ["step", "evaluations", "pairs"]
 
@@ -1247,6 +1249,7 @@ MEMORY = [
     (torch.float32, torch.optim.SGD, {"momentum": 0.9}, 2, {"k": 3, "alpha": 0.5}, 2),
     (torch.float32, torch.optim.SGD, {"momentum": 0.9}, 2, {"k": 3, "alpha": "adaptive"}, 3),
     (torch.float32, torch.optim.SGD, {"momentum": 0.9}, 2, {"k": 3, "alpha": "adaptive", "adaptive": True}, 3),
+    (torch.float32, torch.optim.SGD, {"momentum": 0.9}, 2, {"k": 5, "alpha": "adaptive"}, 3),
     (torch.float32, torch.optim.SGD, {"momentum": 0.9}, 2, {"k": 2, "alpha": 0.5, "max_grad_norm": 1.0}, 1),
     (torch.float64, torch.optim.SGD, {"momentum": 0.9}, 2, {"k": 3, "alpha": "adaptive"}, 3),
     (torch.bfloat16, torch.optim.SGD, {"momentum": 0.9}, 1, {"k": 1, "alpha": 0.5}, 2),
@@ -1295,6 +1298,56 @@ def test_extra_memory(backend, dtype, base, base_options, states, options, buffe
     assert max(during) <= most, f"during a step: {max(during) / unit:.3f} times the model"
 
 
+class Allocated(TorchDispatchMode):
+    """Holds, once each, the memory of at least so many bytes that ops return."""
+
+    def __init__(self, least):
+        super().__init__()
+        self.least = least
+        self.storages = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for x in result if isinstance(result, (list, tuple)) else [result]:
+            if isinstance(x, torch.Tensor) and x.untyped_storage().nbytes() >= self.least:
+                self.storages.setdefault(x.untyped_storage()._cdata, x)
+        return result
+
+
+# extra copies of the model beside the base's state: slow; and from k = 2 on the working momentum; fast; first. All of
+# them are needed: as long as the step can be undone slow and the momentum before it are, first is until the end.
+@pytest.mark.parametrize(
+    ("options", "copies"),
+    [
+        ({"k": 1}, 1),
+        ({"k": 2}, 2),
+        ({"k": 3}, 3),
+        ({"k": 2, "alpha": "adaptive"}, 2),
+        ({"k": 5, "alpha": "adaptive"}, 4),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("form", ["step", "evaluations"])
+def test_copies_of_the_model(backend, options, copies, form):
+    """Counted from what is allocated while the optimizer is built and makes its first steps."""
+    params = [nn.Parameter(torch.ones(7, 11)) for _ in range(20)]  # so that what is made for one of them is small
+    grads = [torch.ones_like(p) for p in params]
+    unit = sum(p.numel() * p.element_size() for p in params)
+
+    def evaluate(index):
+        for p, grad in zip(params, grads, strict=True):
+            p.grad = grad
+        return torch.zeros(())
+
+    with Allocated(unit) as allocated:
+        opt = Lookbehind(params, torch.optim.SGD, lr=0.1, momentum=0.9, backend=backend, **options)
+        for _ in range(2):
+            drive(opt, form, evaluate, opt.k)
+    sizes = [x.untyped_storage().nbytes() for x in allocated.storages.values()]
+    assert all(unit <= size <= unit + 64 * len(params) for size in sizes)
+    assert len(sizes) == copies + 1
+
+
 def test_memory_does_not_grow_from_step_to_step(backend):
     totals = []
     with count_storages() as count:
@@ -1320,6 +1373,52 @@ def test_a_dropped_optimizer_frees_its_memory(backend):
     del opt, problem
     gc.collect()
     assert [ref() for ref in dead] == [None, None, None]
+
+
+@pytest.mark.sample(24)
+@pytest.mark.parametrize("ends", ["well", "by an exception", "by a refusal", "aborted"])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("base", BASES)
+def test_it_takes_no_collector_to_free_an_optimizer(backend, base, form, ends):
+    """Whatever refers to what, there is no cycle: with everything around it, after steps that end in any way."""
+
+    def evaluate(index, params, broken=False):
+        for p in params:
+            p.grad = torch.ones_like(p)
+        if broken and index == 1:
+            if ends == "by an exception":
+                raise ZeroDivisionError
+            params[0].grad = params[0].grad.to_sparse()
+        return torch.zeros(())
+
+    def live():
+        make, settings = BASES[base]
+        params = [torch.ones(3, dtype=torch.float64).requires_grad_() for _ in range(3)]
+        opt = Lookbehind(None, make(scaled_apart(params), **settings), k=2, backend=backend)
+        lookahead = Lookahead(opt, 2)
+        for _ in range(2):
+            drive(lookahead, form, partial(evaluate, params=params), 2)
+        if ends == "aborted":
+            opt.ascent_step()
+            opt.slow_weights()
+            opt.abort_step()
+        elif ends != "well":
+            with suppress(ZeroDivisionError, RuntimeError):
+                drive(lookahead, form, partial(evaluate, params=params, broken=True), 2)
+            lookahead.abort_step()  # the pairs are the caller's own
+        assert opt.evaluation is None
+        for read in (opt.state_dict, lookahead.state_dict, lambda: opt.diagnostics):
+            read()
+        bucket = opt._prepared.buckets[0]
+        return [*map(weakref.ref, (opt, lookahead, opt.base_optimizer, params[0], bucket, bucket.norms))]
+
+    live()  # what torch imports when it is used for the first time has cycles of its own
+    gc.collect()
+    gc.disable()
+    try:
+        assert [ref() for ref in live()] == [None] * 6
+    finally:
+        gc.enable()
 
 
 def test_two_optimizers_do_not_disturb_one_another(backend):

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from lookbehind_fused import ASAM, SAM, Lookahead, Lookbehind
 from tests.algorithm1 import Formulas, adam, sgd
-from tests.conftest import assert_close, assert_same_state
+from tests.conftest import assert_close, assert_same_state, drive
 from tests.test_family import TOLERANCE, Problem, sam
+from tests.twin import BASES, scaled_apart, two_groups
 
 SGD = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01}
 ADAM = {"lr": 0.05, "weight_decay": 0.01}
@@ -339,6 +340,142 @@ def test_frozen_parameters_are_left_alone(backend: str) -> None:
         optimizer.step()
         assert_close("weights", p.detach(), before - (0.0 if frozen else 0.25), 0)
         assert torch.equal(mask, torch.tensor([0.0, float("-inf")]))
+
+
+@pytest.mark.parametrize("inner", INNER)
+def test_a_parameter_frozen_within_a_round_stays_where_it_is(backend: str, inner: str) -> None:
+    """The pull moves the others; set free again, it is pulled from where it was then."""
+    problem = Problem()
+    optimizer = Lookahead(INNER[inner][0](problem.params, backend), 2, 0.5, backend=backend)
+    frozen, other = problem.params[:2]
+
+    def one() -> None:
+        def evaluate() -> Tensor:
+            loss = problem.evaluate()
+            frozen.grad = frozen.grad if frozen.requires_grad else None
+            return loss
+
+        optimizer.zero_grad()
+        optimizer.step(evaluate)
+
+    one()
+    frozen.requires_grad_(False)
+    before, others = frozen.detach().clone(), other.detach().clone()
+    for _ in range(3):
+        one()
+        assert torch.equal(frozen, before)
+        with optimizer.slow_weights():
+            assert torch.equal(frozen, before)
+    assert not torch.equal(other, others)
+    assert optimizer.inner_step == 0
+    frozen.requires_grad_(True)
+    one()
+    fast = frozen.detach().clone()
+    with optimizer.slow_weights():
+        assert torch.equal(frozen, before)
+    assert not torch.equal(fast, before)
+
+
+# ---- 16 bits ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("way", ["never", "state_dict", "deepcopy", "pickle"])
+@pytest.mark.parametrize("inner", ["SGD", "SAM"])
+def test_steps_smaller_than_a_rounding_add_up(backend: str, inner: str, way: str) -> None:
+    """100 steps of 1/128, which is one unit in the last place of bfloat16, whose tenth alone would be lost. The slow
+    weights are those of the formula, and go through a checkpoint in the middle unrounded."""
+    k, alpha, steps = 1, 0.1, 100
+
+    def make(p: Tensor) -> Lookahead:
+        base = torch.optim.SGD([p], lr=1 / 128)
+        return Lookahead(base if inner == "SGD" else SAM(None, base, rho=0.0, backend=backend), k, alpha)
+
+    p = torch.ones(3, dtype=torch.bfloat16).requires_grad_()
+    optimizer = make(p)
+    slow = torch.ones(3)
+    for number in range(steps):
+        if number == steps // 2 and way == "state_dict":
+            saved, p = optimizer.state_dict(), p.detach().clone().requires_grad_()
+            assert saved["lookahead"]["slow"][0].dtype == torch.float32
+            optimizer = make(p)
+            optimizer.load_state_dict(saved)
+        elif number == steps // 2 and way != "never":
+            optimizer = copy.deepcopy(optimizer) if way == "deepcopy" else pickle.loads(pickle.dumps(optimizer))
+            (p,) = optimizer.param_groups[0]["params"]
+
+        def evaluate(p: Tensor = p) -> Tensor:
+            p.grad = -torch.ones_like(p)
+            return torch.zeros(())
+
+        optimizer.step(evaluate)
+        slow += alpha * ((slow.bfloat16() + 1 / 128).float() - slow)
+        assert torch.equal(p, slow.bfloat16())
+        assert_close("slow weights", optimizer.state_dict()["lookahead"]["slow"][0], slow, 1e-6)
+    assert float(p.detach()[0]) > 1.03
+
+
+# ---- skipped steps ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", ["step", "evaluations", "pairs"])
+@pytest.mark.parametrize("groups", [two_groups, scaled_apart], ids=["one bucket", "several"])
+@pytest.mark.parametrize("base", BASES)
+def test_a_skipped_step_does_not_count(backend: str, base: str, groups: Callable, form: str) -> None:
+    """One without a descent: what it leaves is as if it had not been, wherever in a round, and the round goes on."""
+    make, settings = BASES[base]
+    for k in (1, 2):
+        results = []
+        for broken in ({0, 2, 3}, set()):
+            params = [torch.ones(3, dtype=torch.float64).requires_grad_() for _ in range(3)]
+            inner = make(groups(params), **settings)
+            optimizer = Lookbehind(None, inner, k=k, rho=0.1, nonfinite="skip", backend=backend)
+            lookahead = Lookahead(optimizer, 2, 0.5)
+            counted = []
+            for number in range(7):
+                if number in {0, 2, 3} and not broken:
+                    continue
+
+                def evaluate(index: int, params: Any = params, bad: bool = number in broken) -> Tensor:
+                    for p in params:
+                        p.grad = (1 + index) * p.detach() + 0.1
+                    params[-1].grad[-1] = float("nan") if bad else 1.0
+                    return torch.zeros(())
+
+                before = [p.detach().clone() for p in params]
+                drive(lookahead, form, evaluate, k)
+                counted.append(lookahead.inner_step)
+                if number in broken:
+                    assert all(torch.equal(p, w) for p, w in zip(params, before, strict=True))
+            assert counted == ([0, 1, 1, 1, 0, 1, 0] if broken else [1, 0, 1, 0])
+            results.append(params)
+        for p, q in zip(*results, strict=True):
+            assert torch.equal(p, q)
+
+
+def test_a_step_with_one_descent_counts(backend: str) -> None:
+    """Of two, with the other's gradient not finite, or with that of the ascent."""
+    for bad, counts in ((0, True), (1, True), (2, True), ((1, 2), False)):
+        p = torch.ones(3).requires_grad_()
+        inner = Lookbehind([p], torch.optim.SGD, lr=0.1, k=2, nonfinite="skip", backend=backend)
+        lookahead = Lookahead(inner, 5)
+        for evaluation in lookahead.evaluations():
+            broken = evaluation.index in (bad if isinstance(bad, tuple) else (bad,))
+            p.grad = torch.full_like(p, float("inf") if broken else 1.0)
+        assert lookahead.inner_step == counts
+
+
+def test_a_step_that_gradscaler_skips_does_not_count() -> None:
+    """Of an optimizer that looks for itself whether a gradient was not finite, and of one that does not."""
+    for fused in (True, False):
+        p = torch.ones(3).requires_grad_()
+        lookahead = Lookahead(torch.optim.SGD([p], lr=0.1, fused=fused), 3)
+        scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+        for factor, count in ((1.0, 1), (float("inf"), 1), (1.0, 2)):
+            lookahead.zero_grad()
+            scaler.scale((factor * p).sum()).backward()
+            scaler.step(lookahead)
+            scaler.update()
+            assert lookahead.inner_step == count, fused
 
 
 def test_k_may_be_lowered_within_a_round(backend: str) -> None:
