@@ -172,6 +172,7 @@ class OpenStep:
 
     def _between(self, call: Any, gathered: Gathered) -> None:
         if call.op == "own_step":
+            self._check(gathered)  # copies of them would be lent
             self.own_step.run(call, [grads for _, grads in gathered], self.buckets)
         elif call.op == "share_squares":
             self.norms.share_squares(call.slot)
