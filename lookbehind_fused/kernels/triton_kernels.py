@@ -223,8 +223,7 @@ def _constants(step, hyper, flags, T: tl.constexpr, RULE: tl.constexpr, DERIVES:
         coupled = tl.where(decoupled, 0.0, weight_decay).to(T)
         shrink = tl.where(decoupled, 1.0 - tl.load(hyper + ADAM_LR) * weight_decay, 1.0).to(T)
         rest1, rest2, eps = (1.0 - beta1).to(T), (1.0 - beta2).to(T), tl.load(hyper + ADAM_EPS).to(T)
-        by = tl.where(rest1 < 0.5, rest1, rest1 - 1.0)  # is positive only if it is rest1, since beta1 < 1
-        return step_size, root, by, beta2.to(T), rest2, eps, coupled, shrink, before, root_before
+        return step_size, root, rest1, beta2.to(T), rest2, eps, coupled, shrink, before, root_before
     else:
         return zero, zero, zero, zero, zero, zero, zero, zero, zero, zero
 
@@ -256,10 +255,10 @@ def _updated(w, g, m0, m1, m2, constants, RULE: tl.constexpr):
             g = tl.fma(m0, through, direct * g)
         w = tl.fma(g, -lr, w)
     elif RULE == ADAM or RULE == AMSGRAD:  # noqa: SIM109
-        step_size, root, by, beta2, rest2, eps, coupled, shrink, _, _ = constants
+        step_size, root, rest1, beta2, rest2, eps, coupled, shrink, _, _ = constants
         g = tl.fma(w, coupled, g)
-        m0 = tl.fma(g - m0, by, tl.where(by > 0.0, m0, g))  # _interpolated(m0, g, rest1), in fewer registers
-        m1 = tl.fma(rest2 * g, g, beta2 * m1)
+        m1 = tl.fma(rest2 * g, g, beta2 * m1)  # first: else sm100 has too few registers
+        m0 = _interpolated(m0, g, rest1)
         if RULE == AMSGRAD:
             m2 = tl.where(m2 > m1, m2, m1)
         w = _adam_moved(w, m0, m1 if RULE == ADAM else m2, step_size, root, eps, shrink)
