@@ -17,7 +17,7 @@ from lookbehind_fused.kernels import SCHEMAS, cuda, native, reference, resolve, 
 from tests.kernels.cuda_build import CAPABILITIES, Build, missing
 from tests.kernels.mutants import assert_noticed, assert_passed, cases_of, copied_to, mutate
 from tests.kernels.test_triton import run
-from tests.sampling import drawn, sample
+from tests.sampling import fewer, sample
 
 needs_tools = pytest.mark.skipif(bool(missing()), reason=f"needs {missing()}")
 
@@ -35,7 +35,7 @@ def test_the_table_on_executed_code(where: str, dtype: str, every: int) -> None:
     """Each pass against the reference in float64, through the ops and their checks: every address, every barrier, no
     two blocks at one element, gradients read-only.
     """
-    options = ["--sample", str(every)] if sample.everything else drawn(7)
+    options = ["--sample", str(every)] if sample.everything else fewer(7)
     printed = run("tests.kernels.cuda_cases", where, "--dtype", dtype, *ALONE, *options)
     assert re.search(r"^[1-9]\d* cases, 0 failed$", printed, re.MULTILINE)
 
@@ -45,7 +45,7 @@ def test_the_table_on_executed_code(where: str, dtype: str, every: int) -> None:
 @pytest.mark.parametrize("instead", ["--many", "--bytes", "--refused"])
 def test_what_is_not_in_the_table(instead: str) -> None:
     """1 to 300 tensors and 257 chunks; bytes of each array; arguments that are refused."""
-    options = [] if sample.everything else drawn(5)
+    options = [] if sample.everything else fewer(5)
     printed = run("tests.kernels.cuda_cases", "sm90", instead, *ALONE, *options)
     assert re.search(r"^[1-9]\d* cases, 0 failed$", printed, re.MULTILINE)
 
@@ -53,7 +53,7 @@ def test_what_is_not_in_the_table(instead: str) -> None:
 @needs_tools
 def test_whole_steps_on_executed_code() -> None:
     """The optimizer on compiled kernels: base optimizers, k, alpha, ASAM and clipping in turn."""
-    options = ["sm80", "--sample", "37"] if sample.everything else ["sm90", *drawn(2)]
+    options = ["sm80", "--sample", "37"] if sample.everything else ["sm90", *fewer(2)]
     printed = run("tests.kernels.cuda_cases", "--steps", *ALONE, *options)
     assert re.search(r"^[1-9]\d* cases, 0 failed$", printed, re.MULTILINE)
 
