@@ -294,8 +294,8 @@ def test_the_number_of_threads_changes_no_bit(name: str, dtype: torch.dtype) -> 
 
 
 def check_everything(seed: int | None = None) -> None:
-    """In a process of its own, on the instruction set that LOOKBEHIND_ISA names: all cases of each dtype, or one of each
-    pass that ``seed`` draws. Prints a hash of all results.
+    """In a process of its own, on the instruction set that LOOKBEHIND_ISA names: all cases of each dtype, or one of
+    each pass that ``seed`` draws. Prints a hash of all results.
     """
     torch.set_num_threads(1)
     found = hashlib.sha256()
