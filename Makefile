@@ -45,10 +45,10 @@ compare: $(READY)  ## compare the methods, each tuned, three seeds: 45 minutes o
 	@$(PY) -m benchmarks.compare $(ARGS)
 
 test: $(READY)  ## run what a change needs: of large tables a sample, another one each time; ARGS are pytest's
-	@$(PY) -m pytest -n auto $(ARGS)
+	@$(PY) -m pytest -n auto --dist loadgroup $(ARGS)
 
 test-all: $(READY)  ## run every test: 45 CPU minutes
-	@$(PY) -m pytest -n auto --all $(ARGS)
+	@$(PY) -m pytest -n auto --dist loadgroup --all $(ARGS)
 
 bench: $(READY)  ## measure against the reference loops and print the bounds; ARGS="--help" lists its options
 	@$(PY) -m benchmarks.bench $(ARGS)

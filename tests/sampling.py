@@ -30,7 +30,7 @@ class Sample:
 sample = Sample()
 
 
-def drawn(most: int) -> list[str]:
+def fewer(most: int) -> list[str]:
     """Options with which a process of its own draws at the most as many cases."""
     return ["--most", str(most), "--seed", str(sample.seed)]
 

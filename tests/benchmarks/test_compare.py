@@ -23,6 +23,9 @@ from benchmarks.compare import workers
 from benchmarks.compare.claims import FAILS, HOLDS, OPEN, Measured
 from benchmarks.compare.experiment import FASHION_MNIST, QUICK, Row, Run
 
+# What one process has run serves all tests of this file.
+pytestmark = pytest.mark.xdist_group("compare")
+
 SEEDS = 2
 QUICK_RUN = ["--quick", "--seeds", str(SEEDS), "--jobs", "2"]
 SETTINGS = replace(QUICK, seeds=SEEDS)
@@ -194,12 +197,13 @@ def descendants(pid: int) -> set[int]:
 
 
 def wait_until_gone(pids: set[int]) -> None:
-    end = time.monotonic() + 20
+    end = time.monotonic() + 300
     while any(Path(f"/proc/{pid}/cmdline").exists() and Path(f"/proc/{pid}/cmdline").read_bytes() for pid in pids):
         assert time.monotonic() < end, "workers outlive their parent"
         time.sleep(0.05)
 
 
+@pytest.mark.slow
 def test_a_killed_and_interrupted_comparison_goes_on_to_the_same_results(tmp_path, whole):
     """Killed during tuning, then interrupted as by Ctrl-C during the final runs; only what is missing is run again."""
     folder = tmp_path / "compare"
@@ -218,7 +222,7 @@ def test_a_killed_and_interrupted_comparison_goes_on_to_the_same_results(tmp_pat
     wait_for_results(folder, process, 30)
     workers = descendants(process.pid)
     os.killpg(process.pid, signal.SIGINT)
-    assert process.wait(20) == 130
+    assert process.wait() == 130
     assert process.stderr.read() == "interrupted; the same command goes on with the runs that are missing\n"
     process.stderr.close()
     wait_until_gone(workers)

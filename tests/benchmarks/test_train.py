@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -27,6 +28,9 @@ from benchmarks.models import ResidualNetwork
 from benchmarks.train import __main__ as train
 from benchmarks.train import plots
 from tests.benchmarks.test_data import write_cifar10, write_idx
+
+# What one process has trained serves all tests of this file.
+pytestmark = pytest.mark.xdist_group("train")
 
 # 6 steps an epoch, 12 a method, well under a second
 SMALL = ["--limit", "100", "--batch-size", "16", "--epochs", "2", "--width", "4"]
@@ -260,6 +264,7 @@ def test_every_method_is_another_one(family):
         assert not torch.equal(a, b)
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_goes_on_as_though_it_had_not_stopped(tmp_path, family, no_picture, monkeypatch, method):
     """Stopped after 7 of 12 steps: within an epoch, and between two of Lookahead's interpolations."""
@@ -359,6 +364,15 @@ def test_sam_without_radius_is_sgd(tmp_path, no_picture):
     assert sam["norm.num_batches_tracked"] == 2 * sgd["norm.num_batches_tracked"] == 2 * STEPS
 
 
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
+    """The weights of a run without options."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plots, "draw", lambda path, checkpoint: None)
+        return run(tmp_path_factory.mktemp("plain") / "run")
+
+
+@pytest.mark.sample(4)
 @pytest.mark.parametrize(
     "option",
     [
@@ -376,8 +390,8 @@ def test_sam_without_radius_is_sgd(tmp_path, no_picture):
     ],
     ids=" ".join,
 )
-def test_every_option_changes_the_result(tmp_path, no_picture, option):
-    assert not same(run(tmp_path / "a"), run(tmp_path / "b", *option))
+def test_every_option_changes_the_result(tmp_path, no_picture, plain, option):
+    assert not same(plain, run(tmp_path / "run", *option))
 
 
 def test_options_of_asam_and_adaptive_alpha_change_the_result(tmp_path, no_picture):
@@ -505,7 +519,7 @@ def start(folder: Path, die_at: int | None = None) -> multiprocessing.Process:
 def unkilled(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("unkilled") / "run"
     process = start(folder)
-    process.join(120)
+    process.join()
     assert process.exitcode == 0
     return folder
 
@@ -526,7 +540,7 @@ def test_kills_between_a_file_and_its_name_are_survived(tmp_path, unkilled):
     died_at = set()
     for die_at in itertools.islice(itertools.cycle((1, 2, 3, 4, 5)), 60):
         process = start(folder, die_at)
-        process.join(120)
+        process.join()
         if process.exitcode == 0:
             break
         assert process.exitcode == KILLED
@@ -537,6 +551,7 @@ def test_kills_between_a_file_and_its_name_are_survived(tmp_path, unkilled):
     assert_same_run(folder, unkilled)
 
 
+@pytest.mark.slow
 def test_kills_at_random_moments_are_survived(tmp_path, unkilled):
     """At least five, in one run or, where a run is over before, in several."""
     moments = random.Random(time.time_ns())
@@ -562,7 +577,7 @@ def killed_over_and_over(folder: Path, moments: random.Random) -> int:
             time.sleep(0.001)
         time.sleep(moments.uniform(0, 0.1))
         process.kill()
-        process.join(120)
+        process.join()
         if process.exitcode == 0:
             return attempt
         assert process.exitcode == KILLED
@@ -588,10 +603,10 @@ def test_an_interruption_of_writing_leaves_the_old_file(tmp_path):
 # Resuming
 
 
-@pytest.fixture
-def halfway(tmp_path, no_picture, monkeypatch) -> Path:
+@pytest.fixture(scope="module")
+def interrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that was interrupted in the middle of an epoch of its second method."""
-    folder = tmp_path / "halfway"
+    folder = tmp_path_factory.mktemp("interrupted") / "run"
     save, count = checkpoints.save, 0
 
     def interrupt(folder: Path, checkpoint: checkpoints.Checkpoint) -> None:
@@ -601,11 +616,17 @@ def halfway(tmp_path, no_picture, monkeypatch) -> Path:
         if count == 11:  # the start, 6 of SGD, and steps 2, 4, 6, 8
             raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(checkpoints, "save", interrupt)
         assert train.main([*KILL_OPTIONS, "--output", str(folder)]) == 130
     assert checkpoints.load(folder).records["lookbehind-adaptive"].step == 8
     return folder
+
+
+@pytest.fixture
+def halfway(tmp_path, interrupted, no_picture) -> Path:
+    """A copy of that run."""
+    return shutil.copytree(interrupted, tmp_path / "halfway")
 
 
 def test_resume_needs_no_option_again(tmp_path, halfway, unkilled, monkeypatch, capfd):

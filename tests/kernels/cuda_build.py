@@ -96,8 +96,9 @@ class Build:
         options = ["-optf", str(ROOT / "csrc" / "cuda" / "nvcc.options"), "--keep", "--keep-dir", str(kept)]
         run(nvcc(), *options, *targets, "-c", str(source), "-o", str(self.folder / f"{source.stem}.o"))
         if len(self.capabilities) == 1:  # then nvcc does not name it
-            for path in kept.glob(f"{source.stem}.ptx"):
-                path.rename(kept / f"{source.stem}.compute_{self.capabilities[0]}.ptx")
+            for path in [*kept.glob(f"{source.stem}.ptx"), *kept.glob(f"{source.stem}.sm_*.cubin")]:
+                ending = path.name.removeprefix(source.stem)
+                path.rename(kept / f"{source.stem}.compute_{self.capabilities[0]}{ending}")
         for path in kept.glob("*.compute_*"):
             if path.suffix in (".ptx", ".cubin"):
                 path.rename(self.folder / path.name)

@@ -161,7 +161,9 @@ def main() -> int:
     if chosen.steps:
         return whole_steps(chosen, build)
     if chosen.many:
-        return report(check(case, executor, number) for number, case in enumerate(many_tensors()))
+        many = list(enumerate(many_tensors()))
+        many = many if chosen.seed is None else random.Random(chosen.seed).sample(many, chosen.most)
+        return report(check(case, executor, number) for number, case in many)
     names = chosen.passes.split(",") if chosen.passes else sorted({name for name, _ in VARIANTS})
     dtype = getattr(torch, chosen.dtype)
     if chosen.seed is None:

@@ -17,42 +17,51 @@ from lookbehind_fused.kernels import SCHEMAS, cuda, native, reference, resolve, 
 from tests.kernels.cuda_build import CAPABILITIES, Build, missing
 from tests.kernels.mutants import assert_noticed, assert_passed, cases_of, copied_to, mutate
 from tests.kernels.test_triton import run
+from tests.sampling import fewer, sample
 
 needs_tools = pytest.mark.skipif(bool(missing()), reason=f"needs {missing()}")
 
-# every how manieth case of the table: all of them take half an hour (CONTRIBUTING)
+# A sample compiles nothing but what it runs.
+ALONE = [] if sample.everything else ["--alone"]
+
+# every how manieth case of the table: all of them take half an hour (CONTRIBUTING). A sample of it is drawn.
 EXECUTED = [("sm90", "float32", 23), ("sm80", "bfloat16", 61), ("sm100", "float16", 59), ("sm100", "float64", 67)]
 
 
 @needs_tools
-@pytest.mark.parametrize(("where", "dtype", "sample"), EXECUTED)
-def test_the_table_on_executed_code(where: str, dtype: str, sample: int) -> None:
+@pytest.mark.sample(1)
+@pytest.mark.parametrize(("where", "dtype", "every"), EXECUTED)
+def test_the_table_on_executed_code(where: str, dtype: str, every: int) -> None:
     """Each pass against the reference in float64, through the ops and their checks: every address, every barrier, no
     two blocks at one element, gradients read-only.
     """
-    printed = run("tests.kernels.cuda_cases", where, "--dtype", dtype, "--sample", str(sample))
+    options = ["--sample", str(every)] if sample.everything else fewer(7)
+    printed = run("tests.kernels.cuda_cases", where, "--dtype", dtype, *ALONE, *options)
     assert re.search(r"^[1-9]\d* cases, 0 failed$", printed, re.MULTILINE)
 
 
 @needs_tools
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("instead", ["--many", "--bytes", "--refused"])
 def test_what_is_not_in_the_table(instead: str) -> None:
     """1 to 300 tensors and 257 chunks; bytes of each array; arguments that are refused."""
-    printed = run("tests.kernels.cuda_cases", "sm90", instead)
+    options = [] if sample.everything else fewer(5)
+    printed = run("tests.kernels.cuda_cases", "sm90", instead, *ALONE, *options)
     assert re.search(r"^[1-9]\d* cases, 0 failed$", printed, re.MULTILINE)
 
 
 @needs_tools
 def test_whole_steps_on_executed_code() -> None:
     """The optimizer on compiled kernels: base optimizers, k, alpha, ASAM and clipping in turn."""
-    printed = run("tests.kernels.cuda_cases", "sm80", "--steps", "--sample", "37")
+    options = ["sm80", "--sample", "37"] if sample.everything else ["sm90", *fewer(2)]
+    printed = run("tests.kernels.cuda_cases", "--steps", *ALONE, *options)
     assert re.search(r"^[1-9]\d* cases, 0 failed$", printed, re.MULTILINE)
 
 
 @needs_tools
 def test_more_programs_than_fit_32_bits() -> None:
     """A tensor of 3e9 elements: its last chunk is where it should be."""
-    printed = run("tests.kernels.cuda_cases", "sm90", "--far")
+    printed = run("tests.kernels.cuda_cases", "sm90", "--far", *ALONE)
     assert "the last chunk of 3,000,000,001 elements is at its place" in printed
 
 
@@ -109,6 +118,7 @@ def options_of(options: str) -> list[str]:
 
 
 @needs_tools
+@pytest.mark.slow
 def test_what_is_no_mutant_passes(tmp_path: Path) -> None:
     """The cases below fail because of the mutation and of nothing else."""
     folder = copied_to(tmp_path, "csrc", "lookbehind_fused", "tests")
@@ -117,6 +127,7 @@ def test_what_is_no_mutant_passes(tmp_path: Path) -> None:
 
 
 @needs_tools
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("mutant", MUTANTS)
 def test_a_mutant_is_seen(mutant: str, tmp_path: Path) -> None:
     """The table of passes notices each of these in the kernels and their ops."""
@@ -139,13 +150,14 @@ def disassembled(cubin: Path) -> dict[str, str]:
 
 
 @needs_tools
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "float64"])
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_registers_spills_and_wide_accesses(capability: int, dtype: str, tmp_path: Path) -> None:
     """At most 64 registers (128 in double), no stack, little shared memory, and no access of 16 bytes of the PTX that
     the machine code takes apart.
     """
-    build = Build()
+    build = Build() if sample.everything else Build([dtype], [capability])
     cubin = tmp_path / "kernels.cubin"
     cubin.write_bytes(build.cubin(dtype, capability))
     used = build.resources(dtype, capability)

@@ -24,7 +24,7 @@ from lookbehind_fused.kernels.contract import Column
 from lookbehind_fused.kernels.schema import ARGUMENTS
 from tests.kernels.mutants import ROOT, assert_noticed, assert_passed, cases_of, copied_to, mutate
 from tests.kernels.passes import DESCENTS, Case
-from tests.sampling import drawn, sample
+from tests.sampling import fewer, sample
 
 MISSING = [name for name in ("triton", "gpusim") if importlib.util.find_spec(name) is None]
 pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"needs {' and '.join(MISSING)} on PYTHONPATH")
@@ -51,7 +51,7 @@ INTERPRETED = [
 @pytest.mark.parametrize(("dtype", "passes", "every"), INTERPRETED)
 def test_the_table_in_the_interpreter(dtype: str, passes: str, every: int) -> None:
     """Each pass against the reference in float64, as native is tested; bfloat16 rounded as on a GPU."""
-    options = ["--passes", passes, "--sample", str(every)] if sample.everything else drawn(9)
+    options = ["--passes", passes, "--sample", str(every)] if sample.everything else fewer(9)
     printed = run("tests.kernels.triton_cases", "interpreter", "--dtype", dtype, *options)
     assert re.search(r"^[1-9]\d* cases, 0 failed$", printed, re.MULTILINE)
 
@@ -75,7 +75,7 @@ def test_the_table_on_executed_code(where: str, dtype: str, passes: str, every: 
     """The compiled kernels: every address, every barrier, no two blocks at one element, gradients read-only."""
     options = ["--passes", passes, "--sample", str(every)]
     if not sample.everything:
-        options = ["--passes", passes if passes == WITHOUT_ASCEND else "", *drawn(7)]
+        options = ["--passes", passes if passes == WITHOUT_ASCEND else "", *fewer(7)]
     printed = run("tests.kernels.triton_cases", where, "--dtype", dtype, *options)
     assert re.search(r"^[1-9]\d* cases, 0 failed$", printed, re.MULTILINE)
 
@@ -83,7 +83,7 @@ def test_the_table_on_executed_code(where: str, dtype: str, passes: str, every: 
 @pytest.mark.parametrize(("tensors", "every"), [(1, 29), pytest.param(300, 122, marks=pytest.mark.slow)])
 def test_few_and_many_tensors_on_executed_code(tensors: int, every: int) -> None:
     """Every even case: in random schedules, those of odd numbers, 300 tensors take minutes."""
-    options = ["--sample", str(every)] if sample.everything else drawn(4)
+    options = ["--sample", str(every)] if sample.everything else fewer(4)
     printed = run("tests.kernels.triton_cases", "sm90", "--tensors", str(tensors), *options)
     assert re.search(r"^[1-9]\d* cases, 0 failed$", printed, re.MULTILINE)
 
@@ -91,7 +91,7 @@ def test_few_and_many_tensors_on_executed_code(tensors: int, every: int) -> None
 def interpreted(*arguments: str) -> str:
     """What pytest prints that runs on this backend alone, in the interpreter."""
     environment = {"TRITON_INTERPRET": "1", "LOOKBEHIND_TEST_BACKENDS": "triton"}
-    options = ["--all"] if sample.everything else drawn(1)
+    options = ["--all"] if sample.everything else fewer(1)
     return run("pytest", "-p", "no:xdist", *options, *arguments, **environment)
 
 
@@ -111,7 +111,7 @@ def test_the_family_in_the_interpreter() -> None:
 @pytest.mark.parametrize(("where", "every"), [("sm90", 23), ("sm100", 41)])
 def test_whole_steps_on_executed_code(where: str, every: int) -> None:
     """The optimizer on compiled kernels: SGD, Nesterov, Adam, AdamW; k, alpha, ASAM and clipping in turn."""
-    options = ["--sample", str(every)] if sample.everything else drawn(2)
+    options = ["--sample", str(every)] if sample.everything else fewer(2)
     printed = run("tests.kernels.triton_cases", where, "--steps", *options)
     assert re.search(r"^[1-9]\d* cases, 0 failed$", printed, re.MULTILINE)
 
