@@ -1,10 +1,11 @@
-// A Tensor[] argument as addresses, sizes and strides. std::vector<torch::stable::Tensor> would cost two allocations
-// and an owner for each tensor: more than the work of a pass on a small one. The caller's tensors outlive the call.
+// A Tensor[] argument as addresses, sizes and strides: torch::stable::Tensor would cost two allocations for each
+// tensor, more than the work of a pass on a small one.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
 
 #include <cstdint>
+#include <memory>
 #include <vector>
 
 namespace lookbehind_fused {
@@ -16,8 +17,6 @@ struct TensorInfo {
   const int64_t* strides;
   int32_t dtype;
 };
-
-using TensorList = std::vector<TensorInfo>;
 
 inline TensorInfo info_of(AtenTensorHandle tensor) {
   TensorInfo info;
@@ -32,6 +31,32 @@ inline TensorInfo info_of(AtenTensorHandle tensor) {
   return info;
 }
 
+// Holds its tensors until the op returns: a negated or conjugate view comes as a copy that nobody else holds. Copies of
+// the list are one list, since TORCH_BOX hands on copies.
+class TensorList {
+ public:
+  explicit TensorList(size_t size) : held_(std::make_shared<Held>()) {
+    held_->infos.reserve(size), held_->tensors.reserve(size);
+  }
+  void hold(AtenTensorHandle tensor) {
+    held_->tensors.push_back(tensor);
+    held_->infos.push_back(info_of(tensor));
+  }
+  size_t size() const { return held_->infos.size(); }
+  bool empty() const { return held_->infos.empty(); }
+  const TensorInfo& operator[](size_t i) const { return held_->infos[i]; }
+
+ private:
+  struct Held {
+    std::vector<TensorInfo> infos;
+    std::vector<AtenTensorHandle> tensors;
+    ~Held() {
+      for (AtenTensorHandle tensor : tensors) aoti_torch_delete_tensor_object(tensor);
+    }
+  };
+  std::shared_ptr<Held> held_;
+};
+
 }  // namespace lookbehind_fused
 
 // How TORCH_BOX takes a TensorList off the stack.
@@ -41,14 +66,11 @@ struct torch::stable::detail::ToImpl<lookbehind_fused::TensorList> {
     const auto list = to<StableListHandle>(value);
     size_t size = 0;
     TORCH_ERROR_CODE_CHECK(torch_list_size(list, &size));
-    lookbehind_fused::TensorList tensors;
-    tensors.reserve(size);
+    lookbehind_fused::TensorList tensors(size);
     for (size_t i = 0; i < size; ++i) {
       StableIValue item;
       TORCH_ERROR_CODE_CHECK(torch_list_get_item(list, i, &item));
-      const auto tensor = to<AtenTensorHandle>(item);
-      tensors.push_back(lookbehind_fused::info_of(tensor));
-      TORCH_ERROR_CODE_CHECK(aoti_torch_delete_tensor_object(tensor));
+      tensors.hold(to<AtenTensorHandle>(item));
     }
     TORCH_ERROR_CODE_CHECK(torch_delete_list(list));
     return tensors;

@@ -21,7 +21,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from .arguments import GROUP_DEFAULTS, check_bool, check_group, check_int, check_number, check_numbers
 from .kernels import Flag, reference
 from .kernels.schema import tensor_table
-from .tensors import check_parameters, describe, layout, name_of
+from .tensors import check_parameters, describe, layout, name_of, weights_written
 
 Batches = Iterable[Any]
 LossFunction = Callable[[Tensor, Tensor], Tensor]
@@ -137,6 +137,7 @@ def noise_robustness(
                 noise = [_normal(p, generator) for p in params]
             for p, xi in zip(params, noise, strict=True):
                 p.copy_(kept[p].to(xi.dtype) * (1 + levels[i] * xi))
+            weights_written()
             if statistics_loader is not None:
                 estimate_statistics(model, statistics_loader)
             accuracy[i, sample] = _accuracy(model, loader)
@@ -231,6 +232,7 @@ def _put_back(kept: dict[Tensor, Tensor], tensors: Iterable[Tensor]) -> None:
         for x in tensors:
             if not _expanded(x):  # nothing can have written there
                 x.copy_(kept[x])
+    weights_written()
 
 
 def _expanded(x: Tensor) -> bool:
@@ -308,6 +310,7 @@ def _ascend(
         reference.reduce_sq_norm([p], [g], w, table, hyper, flags, sq_norms, row)
     for (p, g, w), table in zip(reached, tables, strict=True):
         reference.ascend([p], [g], w, None, table, sq_norms, -1, hyper, flags)
+    weights_written()
 
 
 def _cosines(params: Sequence[Tensor], gradients: Sequence[reference.Gradients]) -> Tensor:

@@ -113,6 +113,8 @@ class Bucket:
         for where, group in self.groups.items():
             check_group(group, where)
             rho, eta = group["rho"] / settings.ascents_in_rho, group["eta"]
+            if group.get("maximize"):  # of f is minimizing -f, whose ascent goes the other way
+                rho = -rho
             rows.append([*map(float, (rho, eta, settings.static_alpha, clip, unscale, *self.rule.numbers(group)))])
             mean_rows.append([rho, float(eta), 1.0, torch.inf, 1.0, -1 / gathered, 0.0, 0.0, 0.0])
         for numbers, values in ((self.hyper, rows), (self.mean_hyper, mean_rows)):

@@ -16,7 +16,16 @@ from .arguments import check_fraction, check_int
 from .buckets import flat_layout, flat_view
 from .open_step import Part
 from .optimizer import Lookbehind
-from .tensors import ROUNDED, check_parameters, compute_dtype, layout, params_and_names, tensors_of, trained
+from .tensors import (
+    ROUNDED,
+    check_parameters,
+    compute_dtype,
+    layout,
+    params_and_names,
+    tensors_of,
+    trained,
+    weights_written,
+)
 
 
 class Lookahead(Optimizer):
@@ -194,10 +203,12 @@ class Lookahead(Optimizer):
         for copies in self._copies:
             copies.done.zero_()
 
-    def end_step(self, inner_step: int) -> None:
-        """What follows a step of the optimizer, number ``inner_step`` of its round: the k-th moves the slow weights."""
-        if inner_step >= self.k:
-            for copies in self._copies:
+    def end_step(self, inner_step: int, again: bool = False) -> None:
+        """What follows a step of the optimizer, number ``inner_step`` of its round: the k-th moves the slow weights.
+        ``again``: an interrupt came in between.
+        """
+        for copies in self._copies if inner_step >= self.k else ():
+            if not (again and copies.done[0]):
                 copies.interpolate(self.alpha)
         self.inner_step = inner_step if inner_step < self.k else 0
         self._opt_called = True  # LR schedulers look for it
@@ -316,6 +327,7 @@ class LookaheadPart(Part):
     def __init__(self, lookahead: Lookahead) -> None:
         self.lookahead = lookahead
         self.inner_step = lookahead.inner_step + 1
+        self.commits = 0
 
     def begin(self) -> None:
         """The first step of a round keeps the slow weights."""
@@ -323,7 +335,8 @@ class LookaheadPart(Part):
 
     def commit(self) -> None:
         """The k-th step moves the slow weights."""
-        self.lookahead.end_step(self.inner_step)
+        self.commits += 1
+        self.lookahead.end_step(self.inner_step, again=self.commits > 1)
 
 
 class _Copies:
@@ -363,20 +376,22 @@ class _Copies:
 
     @torch.no_grad()
     def interpolate(self, alpha: float) -> None:
-        """``params = slow = slow + alpha * (params - slow)`` of those that are trained, unless that has been done. One
-        call writes everything, so that an interrupt comes before or after.
+        """``params = slow = slow + alpha * (params - slow)`` of those that are trained. One call writes everything, and
+        1 to ``done``, so that an interrupt comes before or after.
         """
         moved = [(p, w) for p, w in zip(self.params, self.views, strict=True) if _moves(p)]
-        if not moved or self.done[0]:
+        if not moved:
             return
         params, slow = map(list, zip(*moved, strict=True))
         new = torch._foreach_lerp(slow, [p.to(self.dtype) for p in params], alpha)
         torch._foreach_copy_([*slow, *params, self.done], [*new, *new, torch.ones_like(self.done)])
+        weights_written()
 
 
 @torch.no_grad()
 def _copy(sources: Sequence[Tensor], targets: Sequence[Tensor]) -> None:
     torch._foreach_copy_(targets, sources)
+    weights_written()
 
 
 def _moves(p: Tensor) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from itertools import chain
 from operator import attrgetter
 from typing import Any
 from weakref import ref
@@ -126,7 +125,9 @@ class Loop(Saved):
                         )
                     with torch.no_grad():
                         step.use() if uses else step.applied(evaluation)
-                self._complete(step)
+                with torch.no_grad():
+                    step.commit()
+                self._closed(step)
             except BaseException:
                 self._settle(step)
                 raise
@@ -134,18 +135,14 @@ class Loop(Saved):
             if self._open is step:  # an interrupt came while another was settled
                 self._settle(step)
 
-    def _complete(self, step: OpenStep) -> None:
-        """After the last evaluation."""
-        step.commit()
-        self._closed(step)
-
     @torch.no_grad()
     def _use_half(self, step: OpenStep) -> None:
         if step is not self._open:
             self._begin(step, uses=True)
         step.use()
         if step.position == len(step.program.evaluations):
-            self._complete(step)
+            step.commit()
+            self._closed(step)
 
     def _half_step(self, name: str, other: str, *, ascends: bool) -> None:
         step = self._open
@@ -195,14 +192,19 @@ class Loop(Saved):
                 self._previous.kept = {}
             self._last = step, self._settings, self.grad_scale
             self._opt_called = self.base_optimizer._opt_called = True  # LR schedulers look for it
+        step.parts, step.own_step = (), None  # their copies are not needed any more, and one may hold on to this
         self._open = None
 
     # ---- hooks: torch runs them around step(); the other forms of a step run them here ----
 
-    def _run_pre_hooks(self) -> None:
-        for hook in chain(_global_optimizer_pre_hooks.values(), self._optimizer_step_pre_hooks.values()):
+    def _prepare_with_hooks(self, reuse_gradient: bool, by_halves: bool = False) -> OpenStep:
+        """As ``_prepare``; hooks do not run for a step that is refused, and may change what it is to be."""
+        step = self._prepare(reuse_gradient, by_halves)
+        hooks = [*_global_optimizer_pre_hooks.values(), *self._optimizer_step_pre_hooks.values()]
+        for hook in hooks:
             hook(self, (), {})
+        return self._prepare(reuse_gradient, by_halves) if hooks else step
 
     def _run_post_hooks(self) -> None:
-        for hook in chain(self._optimizer_step_post_hooks.values(), _global_optimizer_post_hooks.values()):
+        for hook in [*self._optimizer_step_post_hooks.values(), *_global_optimizer_post_hooks.values()]:
             hook(self, (), {})

@@ -32,7 +32,8 @@ class Norms:
 
     def share_sums(self) -> None:
         """Give every device every bucket's alignment sums."""
-        self._share(self.sums)
+        if len(self.sums) > 1:
+            self._share(self.sums)
 
     def _share(self, rows: Mapping[torch.device, Tensor]) -> None:
         for number, owner in enumerate(self.devices):

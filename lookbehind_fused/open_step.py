@@ -17,6 +17,7 @@ from torch import Tensor
 from .buckets import Bucket
 from .norms import Norms
 from .program import BETWEEN, KEPT, Evaluation, Program
+from .tensors import weights_written
 
 IDLE, OPEN, CLOSING, DONE = range(4)
 TRIES = 3  # at the last calls, which fail by themselves, or because a signal's handler raises in between
@@ -137,6 +138,7 @@ class OpenStep:
 
     def applied(self, evaluation: Evaluation) -> None:
         """After ``apply``."""
+        weights_written()
         self.check_applicable()
         if evaluation.closes:
             self.phase = CLOSING
@@ -160,6 +162,8 @@ class OpenStep:
         except Exception:
             self._check(gathered)
             raise
+        finally:
+            weights_written()
         self.final = None
 
     def _check(self, gathered: Gathered) -> None:
@@ -168,6 +172,7 @@ class OpenStep:
 
     def _between(self, call: Any, gathered: Gathered) -> None:
         if call.op == "own_step":
+            self._check(gathered)  # copies of them would be lent
             self.own_step.run(call, [grads for _, grads in gathered], self.buckets)
         elif call.op == "share_squares":
             self.norms.share_squares(call.slot)
@@ -197,6 +202,7 @@ class OpenStep:
                 part.rollback()
             for bucket in self.buckets:
                 bucket.rollback()
+            weights_written()
             self.phase = IDLE
 
     def _run_final(self) -> None:
@@ -213,6 +219,7 @@ class OpenStep:
             for bucket, (bound, grads) in zip(self.buckets, gathered, strict=True):
                 if self.program.descents > 1 or not bucket.done[call.cell]:
                     bound[place](grads)
+        weights_written()
         self.final = None
 
     # ---- what others may see ----

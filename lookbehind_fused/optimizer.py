@@ -308,9 +308,7 @@ class Lookbehind(Loop):
         Raises:
             RuntimeError: an iteration ran no backward, or a step is open already.
         """
-        self._check()
-        self._run_pre_hooks()
-        yield from self._evaluate(self._prepare(self.reuse_gradient), apply)
+        yield from self._evaluate(self._prepare_with_hooks(self.reuse_gradient), apply)
         self._run_post_hooks()
 
     def apply(self, evaluation: Evaluation) -> None:
@@ -359,9 +357,7 @@ class Lookbehind(Loop):
                 "'previous'; use step(closure) or evaluations()"
             )
         if self._open is None:
-            self._check()
-            self._run_pre_hooks()
-            step = self._prepare(reuse_gradient=False, by_halves=True)
+            step = self._prepare_with_hooks(reuse_gradient=False, by_halves=True)
             self._guarded(step, self._use_half, step)
         else:
             self._half_step("ascent_step()", "descent_step()", ascends=True)

@@ -148,8 +148,8 @@ class Prepared:
         if now != self._numbers:
             for bucket in self.buckets:
                 bucket.read_numbers(settings, program.gathered, grad_scale)
-            in_place = any(isinstance(value, Tensor) for of_group in values for value in of_group)
-            self._numbers = None if in_place else now
+            unseen = self.rule is NO_RULE or any(isinstance(value, Tensor) for of_group in values for value in of_group)
+            self._numbers = None if unseen else now
         if scaled_on_device:
             for bucket in self.buckets:
                 bucket.hyper[:, Hyper.UNSCALE] = grad_scale.detach().reshape(()).double().reciprocal()

@@ -314,8 +314,13 @@ class _Lowering:
             return True
         if needed:
             where = self.perturbed if self.evaluation.perturbed else {}
-            self.calls += [Call("reduce_sq_norm", mean, slot, buffers=where), Call("share_squares", slot=slot)]
+            self.calls.append(Call("reduce_sq_norm", mean, slot, buffers=where))
+            self._share(Call("share_squares", slot=slot))
         return False
+
+    def _share(self, call: Call) -> None:
+        if not self.traits.alone:
+            self.calls.append(call)
 
     def _ascend(self) -> None:
         slot, perturbed = self.evaluation.index, self.evaluation.perturbed
@@ -375,7 +380,7 @@ class _Lowering:
         self.calls.append(Call(op, mean, slot, False, buffers, flags, cell=DESCENDED, final=True))
         if not self.aligns:
             return
-        self.calls.append(Call("share_sums", final=True))
+        self._share(Call("share_sums", final=True))
         buffers = {"slow": "slow", "sums": "sums", **self.perturbed}
         self.calls.append(Call("interpolate", buffers=buffers, final=True))
 

@@ -20,6 +20,13 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def weights_written() -> None:
+    """To be called by whoever has written parameters, so that nobody sees those of before: autocast keeps its casts of
+    them while it is open.
+    """
+    torch.clear_autocast_cache()
+
+
 def trained(p: Tensor) -> bool:
     """Whether a step may move a tensor."""
     return p.requires_grad or p.grad is not None

@@ -72,6 +72,7 @@ def algorithm1(
     """
     rho, adaptive, eta = (each(value, len(params)) for value in (rho, adaptive, eta))
     working = [arithmetic or (torch.float32 if p.dtype in (torch.bfloat16, torch.float16) else p.dtype) for p in params]
+    maximize = each(getattr(base, "maximize", False), len(params))
     evaluations = skipped = 0
 
     def usable(g: Gradients) -> bool:
@@ -94,8 +95,9 @@ def algorithm1(
             g = evaluate(perturbed)
         if i == 1:
             grad_norm = norm(g)
-        if usable(g):
-            perturbed = ascend(perturbed, g, rho, adaptive, eta)
+        if usable(g):  # maximizing f is minimizing -f
+            up = [x if x is None or not down else -x for x, down in zip(g, maximize, strict=True)]
+            perturbed = ascend(perturbed, up, rho, adaptive, eta)
         g = evaluate(perturbed)
         if usable(g):
             fast = base(fast, clip(g, max_grad_norm))
@@ -238,6 +240,7 @@ class Formulas:
     ) -> None:
         self.rule = rule
         self.settings = each(settings, count)
+        self.maximize = [bool(own.get("maximize")) for own in self.settings]
         self.state: list[dict[str, Any]] = [{} for _ in range(count)]
 
     def __call__(self, fast: list[Tensor], g: Gradients) -> list[Tensor]:
@@ -256,6 +259,7 @@ class TorchBase:
     ) -> None:
         self.weights = [torch.nn.Parameter(w.detach().clone()) for w in like]
         self.optimizer = optimizer(self.weights, **settings)
+        self.maximize = [bool(settings.get("maximize"))] * len(self.weights)
 
     @property
     def state(self) -> list[dict[str, Any]]:

@@ -30,6 +30,11 @@ class Sample:
 sample = Sample()
 
 
+def drawn(most: int) -> list[str]:
+    """Options with which a process of its own draws at the most as many cases."""
+    return ["--most", str(most), "--seed", str(sample.seed)]
+
+
 def evenly(cases: Sequence[pytest.Item], n: int, generator: random.Random) -> list[pytest.Item]:
     """n cases at random, but every value of every parameter as often as any other as far as that can be."""
     left, chosen, times = generator.sample(cases, len(cases)), [], Counter()
@@ -45,6 +50,7 @@ def evenly(cases: Sequence[pytest.Item], n: int, generator: random.Random) -> li
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--all", action="store_true", help="every case of every table, and the slow tests")
     parser.addoption("--seed", type=int, help="draws the cases; without it each run draws others")
+    parser.addoption("--most", type=int, default=10**9, help="of no test draw more cases than that")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -81,6 +87,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     kept = set()
     for name, cases in tests.items():
         marker = cases[0].get_closest_marker("sample")
-        kept.update(evenly(cases, marker.args[0], random.Random(f"{sample.seed} {name}")) if marker else cases)
+        n = min(marker.args[0] if marker else len(cases), config.option.most)
+        kept.update(evenly(cases, n, random.Random(f"{sample.seed} {name}")) if n < len(cases) else cases)
     config.hook.pytest_deselected(items=[item for item in items if item not in kept])
     items[:] = [item for item in items if item in kept]

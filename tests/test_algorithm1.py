@@ -512,6 +512,7 @@ def test_one_inner_step_is_textbook_sam(backend: str, ascent: str, base: str) ->
     )
     other = base_optimizer(textbook.parameters(), **hyper)
     rho, eta = ASCENTS[ascent]["rho"], ASCENTS[ascent].get("eta")
+    rho = -rho if hyper.get("maximize") else rho  # maximizing f is minimizing -f
     for t in range(STEPS):
         x, y = batch(t)
         drive(optimizer, "step", backward_of(ours, x, y), 1)

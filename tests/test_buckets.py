@@ -3,6 +3,7 @@
 import copy
 import pickle
 import re
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -11,9 +12,10 @@ from torch import Tensor, nn
 
 from lookbehind_fused import ASAM, SAM, Lookbehind, MultistepSAM, weight_scaling
 from tests.algorithm1 import Formulas, algorithm1
-from tests.conftest import assert_close, assert_equal, assert_same_state
+from tests.conftest import assert_close, assert_equal, assert_same_state, drive
 from tests.test_family import Problem
 from tests.test_tensors import RULES
+from tests.twin import BASES, Twin, scaled_apart, two_groups
 
 MIXED = [True, False, True]
 
@@ -241,3 +243,107 @@ def test_the_groups_own_list_wins(backend: str, method: Any) -> None:
 def test_what_weight_scaling_does_not_take(module: Any, settings: dict[str, Any], message: str) -> None:
     with pytest.raises(TypeError, match=message):
         weight_scaling(module, **settings)
+
+
+# ---- groups are rows of numbers, not buckets -------------------------------------------------------------------------
+
+HYPER: dict[str, dict[str, Any]] = {  # what every group of a base has, and of the n-th what only it has
+    "SGD": {"weight_decay": lambda n: 0.002 * (n % 7)},
+    "momentum": {"momentum": lambda n: 0.5 + 0.009 * n, "dampening": lambda n: 0.01 * (n % 3)},
+    "Adam": {"betas": lambda n: (0.5 + 0.008 * n, 0.9 - 0.005 * n), "eps": lambda n: 1e-3 * (1 + n % 4)},
+    "AdamW": {"betas": lambda n: (0.9 - 0.01 * n, 0.6 + 0.007 * n), "weight_decay": lambda n: 0.01 * (n % 5)},
+    "RMSprop": {"alpha": lambda n: 0.8 + 0.003 * n, "momentum": lambda n: 0.01 * (n % 9)},
+}
+
+
+def fifty_groups(base: str, apart: bool) -> Callable[[Sequence[Tensor]], list[dict[str, Any]]]:
+    """Groups of one tensor each, all with other numbers; ``apart``: the ascent of each third is scaled."""
+
+    def groups(params: Sequence[Tensor]) -> list[dict[str, Any]]:
+        made = []
+        for n, p in enumerate(params):
+            own = {key: value(n) for key, value in HYPER[base].items()}
+            scaled = {"adaptive": n % 3 == 0} if apart else {}
+            made.append({"params": [p], "lr": 0.01 + 0.001 * n, **scaled, **own})
+        return made
+
+    return groups
+
+
+@pytest.mark.sample(30)
+@pytest.mark.parametrize("form", ["step", "evaluations", "pairs"])
+@pytest.mark.parametrize("apart", [False, True], ids=["one bucket", "several"])
+@pytest.mark.parametrize(("alpha", "scope"), [(0.3, "global"), ("adaptive", "global"), ("adaptive", "tensor")])
+@pytest.mark.parametrize("k", [1, 2, 3])
+@pytest.mark.parametrize("base", HYPER)
+def test_fifty_groups_are_algorithm_1(
+    backend: str, base: str, k: int, alpha: float | str, scope: str, apart: bool, form: str
+) -> None:
+    """Each with numbers of its own, which change between two steps; some have no gradient."""
+    missing = {(step, 7 * step + 1) for step in range(3)}
+    options: dict[str, Any] = {"k": k, "alpha": alpha, "alpha_scope": scope}
+    shapes = [(3,), (2, 2)] * 25
+    twin = Twin(backend, base, groups=fifty_groups(base, apart), shapes=shapes, form=form, missing=missing, **options)
+    for optimizer, _ in twin.sides():
+        for n, group in enumerate(optimizer.param_groups):
+            group.update({"rho": 0.02 + 0.01 * n, "eta": 0.01 + 0.002 * n})
+    for step in range(3):
+        twin.step()
+        for optimizer, _ in twin.sides():
+            for group in optimizer.param_groups[step::3]:
+                group["lr"] *= 0.5
+                group["rho"] *= 1.5
+    assert len(twin.optimizer._prepared.buckets) == 1 + apart
+
+
+# ---- refused at the last evaluation ----------------------------------------------------------------------------------
+
+
+def of_another_dtype(p: Tensor) -> None:
+    """A gradient of the dtype that the parameter has for a while."""
+    memory, p.grad = p.data, None
+    p.data = memory.float()
+    p.grad = torch.ones_like(p)
+    p.data = memory
+
+
+def of_another_shape(p: Tensor) -> None:
+    memory, p.grad = p.data, None
+    p.data = memory.new_ones(*p.shape, 2)
+    p.grad = torch.ones_like(p)
+    p.data = memory
+
+
+def sparse(p: Tensor) -> None:
+    p.grad = torch.ones_like(p).to_sparse()
+
+
+@pytest.mark.parametrize("form", ["step", "evaluations", "pairs"])
+@pytest.mark.parametrize("spoil", [sparse, of_another_dtype, of_another_shape], ids=lambda spoil: spoil.__name__)
+@pytest.mark.parametrize("groups", [two_groups, scaled_apart], ids=["one bucket", "several"])
+@pytest.mark.parametrize("base", BASES)
+def test_a_gradient_refused_at_the_last_evaluation(
+    backend: str, base: str, groups: Callable, spoil: Callable, form: str
+) -> None:
+    """Of whichever tensor: weights and the base's state are those before the step, which then may be made again."""
+    for number, k, alpha in ((0, 1, 0.4), (1, 2, 0.4), (2, 3, "adaptive")):
+        twin = Twin(backend, base, groups=groups, form=form, k=k, alpha=alpha)
+        for steps in (0, 1):
+            weights = [p.detach().clone() for p in twin.params]
+            state = copy.deepcopy(twin.optimizer.state_dict())
+            last = 2 * k - 1 if form == "pairs" else k
+
+            def evaluate(index: int, twin: Twin = twin, number: int = number, last: int = last) -> Tensor:
+                loss = twin.evaluate(index)
+                if index == last:
+                    spoil(twin.params[number])
+                return loss
+
+            with pytest.raises(RuntimeError, match=f"gradient of parameter {number}"):
+                drive(twin.optimizer, form, evaluate, k)
+            assert twin.optimizer.evaluation is None
+            assert_same_state([p.detach() for p in twin.params], weights)
+            assert_same_state(twin.optimizer.state_dict(), state)
+            twin.optimizer.zero_grad()
+            twin.step()
+            assert twin.steps == steps + 1

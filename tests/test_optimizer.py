@@ -1044,6 +1044,65 @@ def test_a_pre_hook_may_replace_the_closure(backend):
     assert len(other) == 3
 
 
+# what a step is refused for: sets it, given the optimizer
+REFUSED = {
+    "a step is open": lambda opt: opt.ascent_step(),
+    "k": lambda opt: setattr(opt, "k", 0),
+    "alpha": lambda opt: setattr(opt, "alpha", 2.0),
+    "grad_scale": lambda opt: setattr(opt, "grad_scale", -1.0),
+    "backend": lambda opt: setattr(opt, "backend", "nonsense"),
+    "rho": lambda opt: opt.param_groups[0].update(rho=-1.0),
+    "adaptive": lambda opt: opt.param_groups[0].update(adaptive="yes"),
+    "a parameter": lambda opt: setattr(opt.param_groups[0]["params"][0], "data", torch.zeros(1)),
+}
+
+
+@pytest.mark.parametrize("reason", REFUSED)
+@pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.Adam, torch.optim.RMSprop])
+def test_hooks_do_not_fire_for_a_refused_step(backend, base, reason):
+    problem = Problem()
+    opt = Lookbehind(problem.params, base, lr=0.1, backend=backend)
+    opt.step(problem.closure)
+    if reason == "a step is open":
+        problem.closure()
+    else:
+        opt.zero_grad()
+    REFUSED[reason](opt)
+    fired = []
+    opt.register_step_pre_hook(lambda *_: fired.append(1))
+    opt.register_step_post_hook(lambda *_: fired.append(1))
+    before = problem.values()
+    with pytest.raises((RuntimeError, ValueError, TypeError)):
+        next(iter(opt.evaluations()))
+    with pytest.raises((RuntimeError, ValueError, TypeError)):
+        opt.ascent_step()
+    assert fired == []
+    assert reason == "a step is open" or opt.evaluation is None
+    assert_same_state(problem.values(), before)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_pre_hook_may_change_settings_and_groups(backend, form):
+    """They are those of the step that it precedes."""
+    weights = []
+    for hooked in (True, False):
+        problem = Problem()
+        opt = Lookbehind(problem.params, torch.optim.SGD, lr=0.1, reuse_gradient=False, backend=backend)
+        outer_step(opt, problem, form)
+
+        def change(optimizer, args, kwargs):
+            optimizer.alpha = 0.9
+            optimizer.param_groups[0].update(lr=0.02, rho=0.3, momentum=0.5)
+
+        if hooked:
+            opt.register_step_pre_hook(change)
+        else:
+            change(opt, (), {})
+        outer_step(opt, problem, form)
+        weights.append(problem.values())
+    assert_same_state(weights[0], weights[1])
+
+
 def test_post_hooks_do_not_fire_for_an_abandoned_step(backend):
     problem = Problem()
     opt = Lookbehind(problem.params, torch.optim.SGD, lr=0.1, backend=backend)
@@ -1055,6 +1114,15 @@ def test_post_hooks_do_not_fire_for_an_abandoned_step(backend):
     problem.closure()
     opt.ascent_step()
     opt.abort_step()
+
+    def abort_at_the_end():
+        for evaluation in opt.evaluations():
+            problem.closure()
+            if evaluation.closes:
+                opt.abort_step()
+
+    with pytest.raises(RuntimeError, match="abort_step"):
+        abort_at_the_end()
     with pytest.raises(ZeroDivisionError):
         opt.step(lambda: 1 / 0)
     assert fired == []

@@ -35,7 +35,7 @@ class RuleId(IntEnum):
 class Hyper(IntEnum):
     """The columns of ``hyper``: those of every pass, and from ``OF_RULE`` on the rule's own."""
 
-    RHO = 0
+    RHO = 0  # negative where the base maximizes
     ETA = 1
     ALPHA = 2
     MAX_GRAD_NORM = 3

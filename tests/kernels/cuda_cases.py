@@ -12,6 +12,7 @@ were.
 import argparse
 import ctypes
 import itertools
+import random
 import sys
 from collections.abc import Iterable
 from typing import Any
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from lookbehind_fused.kernels import Flag, cuda, device, reference
 from tests.kernels.cuda_build import Build
-from tests.kernels.passes import VARIANTS, Case, cases
+from tests.kernels.passes import VARIANTS, Case, cases, drawn
 from tests.kernels.test_triton import FULL, full_case
 
 SIZES = [7, 1, 0, 5_137, 33, 1_500]
@@ -138,6 +139,7 @@ def main() -> int:
     parser.add_argument("--passes", default="")
     parser.add_argument("--sample", type=int, default=1, help="every how manieth case")
     parser.add_argument("--most", type=int, default=10**9, help="how many cases at the most")
+    parser.add_argument("--seed", type=int, help="instead of every so manieth, draw as many cases as --most says")
     parser.add_argument("--alone", action="store_true", help="compile nothing but what is asked for")
     parser.add_argument("--steps", action="store_true", help="instead: whole steps of the optimizer")
     parser.add_argument("--many", action="store_true", help="instead: 1 to 300 tensors, and one of 257 chunks")
@@ -157,14 +159,17 @@ def main() -> int:
     if chosen.refused:
         return report(refusals(executor))
     if chosen.steps:
-        return whole_steps(chosen.sample)
+        return whole_steps(chosen, build)
     if chosen.many:
         return report(check(case, executor, number) for number, case in enumerate(many_tensors()))
     names = chosen.passes.split(",") if chosen.passes else sorted({name for name, _ in VARIANTS})
     dtype = getattr(torch, chosen.dtype)
-    table = (case for name, rule in VARIANTS if name in names for case in cases(dtype, name, rule, SIZES))
-    sampled = itertools.islice(enumerate(table, 1), chosen.sample - 1, None, chosen.sample)
-    return report(check(case, executor, number) for number, case in itertools.islice(sampled, chosen.most))
+    if chosen.seed is None:
+        table = (case for name, rule in VARIANTS if name in names for case in cases(dtype, name, rule, SIZES))
+        numbered = itertools.islice(enumerate(table, 1), chosen.sample - 1, None, chosen.sample)
+    else:
+        numbered = drawn(dtype, names, SIZES, chosen.most, chosen.seed)
+    return report(check(case, executor, number) for number, case in itertools.islice(numbered, chosen.most))
 
 
 def report(found: Iterable[str]) -> int:
@@ -285,14 +290,19 @@ def refusals(executor: Executor) -> Iterable[str]:
     yield f"{len(executor.log)} launches" if executor.log else ""
 
 
-def whole_steps(sample: int) -> int:
+def whole_steps(asked: argparse.Namespace, build: Build) -> int:
     """Lookbehind on this backend against the reference in float64, over settings and base optimizers."""
     from tests.gpu_check import step_cases, trained
 
+    chosen = step_cases(asked.sample)
+    if asked.seed is not None:
+        chosen = random.Random(asked.seed).sample(step_cases(), asked.most)
+    bounds = {"float64": 1e-12, "float32": 2 * 2e-6}
+
     def errors() -> Iterable[str]:
-        for base, settings in step_cases(sample):
+        for base, settings in chosen:
             expected = trained("cpu", "reference", base, settings, torch.float64, steps=2)
-            for dtype, bound in ((torch.float64, 1e-12), (torch.float32, 2 * 2e-6)):
+            for dtype, bound in ((getattr(torch, name), bounds[name]) for name in bounds if name in build.dtypes):
                 found = trained("cpu", "cuda", base, settings, dtype, steps=2)
                 error = float((found - expected).abs().max() / expected.abs().max())
                 yield "" if error <= bound else f"{base[0].__name__} {settings} {dtype}: {error:.1e} > {bound:.0e}"

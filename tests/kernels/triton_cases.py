@@ -10,7 +10,9 @@ case that fails, and last how many there were.
 """
 
 import argparse
+import itertools
 import os
+import random
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -26,6 +28,7 @@ def main() -> int:
     parser.add_argument("--passes", default="")
     parser.add_argument("--sample", type=int, default=1, help="every how manieth case")
     parser.add_argument("--most", type=int, default=10**9, help="how many cases at the most")
+    parser.add_argument("--seed", type=int, help="instead of every so manieth, draw as many cases as --most says")
     parser.add_argument("--tensors", type=int, default=0, help="how many small tensors instead of the usual ones")
     parser.add_argument("--steps", action="store_true", help="instead: whole steps of the optimizer (compiled only)")
     parser.add_argument("--far", action="store_true", help="instead: the last chunk of a tensor of 3e9 elements")
@@ -35,7 +38,7 @@ def main() -> int:
 
     import torch
 
-    from tests.kernels.passes import VARIANTS, cases
+    from tests.kernels.passes import VARIANTS, cases, drawn
 
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)  # with NaN in all fresh memory
@@ -45,26 +48,28 @@ def main() -> int:
     if chosen.far:
         return far()
     if chosen.steps:
-        return whole_steps(chosen.sample)
-    dtype, number, ran, failed = getattr(torch, chosen.dtype), 0, 0, 0
+        return whole_steps(chosen)
+    dtype, ran, failed = getattr(torch, chosen.dtype), 0, 0
     names = chosen.passes.split(",") if chosen.passes else sorted({name for name, _ in VARIANTS})
     sizes = SIZES["interpreter" if chosen.where == "interpreter" else "compiled"]
     if chosen.tensors:
         sizes = [1 + 5 * number % 23 for number in range(chosen.tensors)]
-    for name, rule in VARIANTS:
-        for case in cases(dtype, name, rule, sizes) if name in names else ():
-            number += 1
-            if number % chosen.sample or ran == chosen.most:
-                continue
-            ran += 1
-            prepare(case, number)
-            try:
-                case.check(backend)
-                if name == "reduce_sq_norm":
-                    check_again(case, backend)
-            except Exception as error:
-                failed += 1
-                print(f"{name} {rule} {dtype} case {number}: {type(error).__name__}: {error}"[:2000])
+    if chosen.seed is None:
+        table = (case for name, rule in VARIANTS if name in names for case in cases(dtype, name, rule, sizes))
+        numbered = itertools.islice(enumerate(table, 1), chosen.sample - 1, None, chosen.sample)
+    else:
+        numbered = drawn(dtype, names, sizes, chosen.most, chosen.seed)
+    for number, case in itertools.islice(numbered, chosen.most):
+        ran += 1
+        prepare(case, number)
+        try:
+            case.check(backend)
+            if case.name == "reduce_sq_norm":
+                check_again(case, backend)
+        except Exception as error:
+            failed += 1
+            rule = case.arguments.get("rule", "")
+            print(f"{case.name} {rule} {dtype} case {number}: {type(error).__name__}: {error}"[:2000])
     print(f"{ran} cases, {failed} failed")
     return int(failed > 0 or ran == 0)
 
@@ -120,7 +125,7 @@ def executor(capability: int) -> Callable[[Any, int], None]:
     return prepare
 
 
-def whole_steps(sample: int) -> int:
+def whole_steps(asked: argparse.Namespace) -> int:
     """Lookbehind on this backend against the reference in float64, over settings and base optimizers."""
     import torch
     from gpusim import simdriver
@@ -137,7 +142,9 @@ def whole_steps(sample: int) -> int:
         launch(self)
 
     Call.launch = registered
-    chosen = step_cases(sample)
+    chosen = step_cases(asked.sample)
+    if asked.seed is not None:
+        chosen = random.Random(asked.seed).sample(step_cases(), asked.most)
     failed = 0
     for base, settings in chosen:
         expected = trained("cpu", "reference", base, settings, torch.float64, steps=2)
