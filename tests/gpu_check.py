@@ -282,7 +282,7 @@ def sets() -> dict[str, list[tuple[int, ...]]]:
 
 def own_work(shapes: list[tuple[int, ...]]) -> str:
     """Ratios of device time and of wall time, contenders in turn, and the bandwidth against a device copy's."""
-    from benchmarks.bench.bounds import bytes_moved
+    from benchmarks.bench.bounds import bytes_per_parameter
     from benchmarks.bench.contenders import CONTENDERS
     from benchmarks.bench.settings import Settings
     from benchmarks.bench.timing import ratios
@@ -319,7 +319,7 @@ def own_work(shapes: list[tuple[int, ...]]) -> str:
         for name in names:
             spread = ratios(seconds[name], seconds[backend])
             parts.append(f"{name} / {backend} {spread.median:.2f} ({spread.low:.2f} to {spread.high:.2f})")
-        moved = [bytes_moved(settings) * elements / s for s in seconds[backend]]
+        moved = [bytes_per_parameter(settings) * elements / s for s in seconds[backend]]
         parts.append(f"bandwidth of {backend} / copy {ratios(moved, copied).median:.2f}")
     return "; ".join(parts)
 

@@ -14,6 +14,7 @@ from benchmarks.bench.suite import GROUPS, measure, warn
 from benchmarks.files import UserError, replacing
 
 RESULTS = Path("benchmarks/results")
+CASES = [(group, "") for group in GROUPS]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -43,8 +44,15 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         allow_abbrev=False,
     )
     parser.add_argument("--quick", action="store_true", help="fewer cases, shorter, nothing large, little compiled")
-    parser.add_argument("--only", metavar="G,G", help="groups to measure (default: all)")
+    parser.add_argument(
+        "--only", metavar="G,G", help="groups to measure, or cases of a group by a part of their name: own:small,calls "
+        "(default: all)",
+    )  # fmt: skip
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: 2, or the cores there are)")
+    parser.add_argument(
+        "--cpu-time", action="store_true", help="take the CPU time of one thread instead of the wall's: for a machine "
+        "that other programs use",
+    )  # fmt: skip
     parser.add_argument(
         "--output", type=Path, metavar="DIR",
         help=f"folder for results.json, table.md and the plots (default: {RESULTS}; with --quick or --only nothing is "
@@ -52,10 +60,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )  # fmt: skip
     parser.add_argument("--redraw", action="store_true", help="measure nothing: draw from DIR's results.json")
     chosen = parser.parse_args(argv)
-    chosen.groups = chosen.only.split(",") if chosen.only else list(GROUPS)
-    for group in chosen.groups:
+    chosen.cases = [case.partition(":")[::2] for case in chosen.only.split(",")] if chosen.only else CASES
+    for group, _ in chosen.cases:
         if group not in GROUPS:
             parser.exit(2, f"{parser.prog}: --only: expected some of {', '.join(GROUPS)}, got {group!r}\n")
+    if chosen.cpu_time and chosen.threads not in (None, 1):
+        parser.exit(2, f"{parser.prog}: --threads: expected 1 with --cpu-time, got {chosen.threads}\n")
     if chosen.threads is not None and chosen.threads < 1:
         parser.exit(2, f"{parser.prog}: --threads: expected at least 1, got {chosen.threads}\n")
     return chosen
@@ -69,18 +79,18 @@ def run(chosen: argparse.Namespace, argv: list[str]) -> int:
     else:
         if output:
             output.mkdir(parents=True, exist_ok=True)
-        results, suite = measure(chosen.groups, chosen.quick, chosen.threads, argv)
+        results, suite = measure(chosen.cases, chosen.quick, chosen.threads, chosen.cpu_time, argv)
 
-    from benchmarks.bench import bounds
+    from benchmarks.bench import bounds, tables
 
     table = bounds.check(results["measurements"])
-    print(bounds.as_text(table), flush=True)
+    print(tables.as_text(table), flush=True)
     if output:
         from benchmarks.bench import plots
 
         results["bounds"] = [vars(bound) for bound in table]
         write(output / "results.json", to_json(results))
-        write(output / "table.md", bounds.as_markdown(table, results["measurements"], results["environment"]))
+        write(output / "table.md", tables.as_markdown(table, results["measurements"], results["environment"]))
         for name, figure in plots.draw(results).items():
             write(output / name, figure)
         print(f"everything is in {output}", file=sys.stderr)

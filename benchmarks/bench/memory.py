@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from types import FunctionType, ModuleType
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,40 +12,35 @@ from torch.utils._python_dispatch import TorchDispatchMode
 NAMESPACE = "lookbehind_fused"
 
 
-def held(owner: Any, without: Iterable[Tensor] = ()) -> int:
-    """Bytes of all tensor storages that can be reached from ``owner``, each counted once, but those of ``without``."""
-    known = {t.untyped_storage().data_ptr() for t in without}
-    total, seen, queue = 0, set(), [owner]
-    while queue:
-        thing = queue.pop()
-        if id(thing) in seen or isinstance(thing, (type, FunctionType, ModuleType, str, bytes)):
-            continue
-        seen.add(id(thing))
-        if isinstance(thing, Tensor):
-            storage = thing.untyped_storage()
-            if storage.data_ptr() not in known:
-                known.add(storage.data_ptr())
-                total += storage.nbytes()
-        elif isinstance(thing, dict):
-            queue += [*thing.keys(), *thing.values()]
-        elif isinstance(thing, (list, tuple, set, frozenset)):
-            queue += thing
-        elif hasattr(thing, "__dict__"):
-            queue.append(vars(thing))
-    return total
+def published(state: Mapping[Any, Mapping[str, Any]]) -> int:
+    """Bytes of the tensors in an optimizer's ``state``: the memory that they are views of, each counted once."""
+    tensors = [value for entry in state.values() for value in entry.values() if isinstance(value, Tensor)]
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
 
-def peak(action: Callable[[], Any]) -> int:
-    """The most bytes that tensors allocated during ``action`` occupy at one time, by torch's own count."""
+class Allocated(NamedTuple):
+    """What tensors occupy, in bytes.
+
+    Attributes:
+        kept: what was allocated within an action and is there at its end, with what the action returned.
+        peak: the most at one time within it.
+    """
+
+    kept: int
+    peak: int
+
+
+def allocated(action: Callable[[], Any]) -> Allocated:
+    """The memory of all tensors that ``action`` makes, whoever holds them, by torch's own count of its allocator."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
-        kept = action()
+        result = action()
     events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
     current = highest = 0
     for event in sorted(events, key=lambda e: e.start_ns()):
         current += event.nbytes()
         highest = max(highest, current)
-    del kept
-    return highest
+    del result
+    return Allocated(current, highest)
 
 
 class Passes(TorchDispatchMode):

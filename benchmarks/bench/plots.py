@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
 
-from benchmarks.bench.bounds import bandwidth, scaling
+from benchmarks.bench.bounds import OWN_WORK, WHOLE_STEP, bandwidth, scaling
 from benchmarks.bench.settings import Settings
 from benchmarks.bench.shapes import TITLES
 from benchmarks.bench.timing import Spread, ratios
@@ -31,8 +31,6 @@ LABELS = {
     "compiled": "the same, compiled",
     "native": "lookbehind_fused, k + 1",
 }
-BOUNDS = {"small": 25, "1000x256": 60, "resnet34": 3.3}
-TRAINING_BOUNDS = {2: 1.3, 5: 1.6, 10: 1.75}
 
 
 def draw(results: Mapping[str, Any]) -> dict[str, bytes]:
@@ -81,8 +79,8 @@ def _own_work(measurements: Sequence[Mapping[str, Any]]) -> Figure | None:
         for place, name in enumerate(name for name in others if name in m["seconds"]):
             spread = ratios(m["seconds"][name], m["seconds"]["native"])
             _bar(axes, row + 0.27 - 0.27 * place, spread, COLOURS[name])
-        if m["set"] in BOUNDS:
-            axes.plot(BOUNDS[m["set"]], row + 0.45, "v", color=INK, markersize=5.5)
+        if m["set"] in OWN_WORK:
+            axes.plot(OWN_WORK[m["set"]], row + 0.45, "v", color=INK, markersize=5.5)
         axes.text(
             -0.012, row - 0.2, f"lookbehind_fused: {_figure(native)} ms", transform=axes.get_yaxis_transform(),
             ha="right", va="center", size=7.5, color=COLOURS["native"],
@@ -214,7 +212,7 @@ def _training(measurements: Sequence[Mapping[str, Any]]) -> Figure | None:
         axes.annotate(
             f"{spread.median:.2f}×", (spread.high, row), (4, 0), textcoords="offset points", va="center", size=8.5
         )
-        axes.plot([TRAINING_BOUNDS[m["k"]]] * 2, [row - 0.36, row + 0.36], color=INK, linewidth=1.6)
+        axes.plot([WHOLE_STEP[m["k"]]] * 2, [row - 0.36, row + 0.36], color=INK, linewidth=1.6)
         saved = 2 * m["k"] / (m["k"] + 1)
         axes.plot([saved] * 2, [row - 0.36, row + 0.36], color=INK, linewidth=1.2, linestyle=(0, (1.5, 1.5)))
     axes.set_yticks(range(len(rows)), [f"{titles[m['images']]}, k = {m['k']}" for m in rows])

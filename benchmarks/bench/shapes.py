@@ -53,6 +53,7 @@ TITLES = {
     "1000x256": "1,000 tensors of 256",
     "resnet34": "ResNet-34, 21.3 M",
     "vit-b16": "ViT-B/16, 86.6 M",
+    "flat-1e4": "one tensor of 10,000",
 }
 
 

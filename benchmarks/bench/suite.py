@@ -13,18 +13,23 @@ from typing import Any
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # nothing from the profiler between the lines of the bar
 
+from benchmarks.bench.timing import Clock
 from benchmarks.files import UserError
 
 GROUPS = {
-    "own": "the optimizer's own work: naive, foreach, compiled, native",
+    "own": "the optimizer's own work: naive, public, foreach, compiled, native",
     "variations": "the same for other k, ASAM, adaptive alpha",
     "scaling": "the same for sizes from 1e4 to 2e8 and 1 to 10,000 tensors",
     "overhead": "a step of 110 tensors of one element",
+    "sam": "the same as SAM, by halves: the single-file port, native",
+    "missing": "the same with one gradient of 1,000 missing",
+    "groups": "the same with fifty groups",
     "training": "whole training steps on real images",
     "bandwidth": "a step's bytes over its time, against copy_ and add",
     "memory": "state and peak, in copies of the model",
     "traffic": "bytes that the passes read and write",
     "launches": "passes a gradient evaluation",
+    "calls": "calls of own Python functions in a warm step",
     "evaluations": "gradient evaluations a step",
 }
 
@@ -36,8 +41,9 @@ class Plan:
         self.quick = quick
         self.rounds = 5 if quick else 11
         self.block_seconds = 0.05 if quick else 0.15
+        everyone = ("naive", "public", "foreach", "compiled", "native")
         # to compile takes longer than to measure
-        self.contenders = ("naive", "foreach", "native") if quick else ("naive", "foreach", "compiled", "native")
+        self.contenders = tuple(name for name in everyone if not (quick and name == "compiled"))
 
     def shorter(self) -> "Plan":
         """For what is shown but has no bound."""
@@ -48,9 +54,14 @@ class Plan:
 
 
 class Suite:
-    """A pytest plugin: chooses the cases, shows progress, gathers what they found."""
+    """A pytest plugin: chooses the cases, shows progress, gathers what they found.
 
-    def __init__(self, quick: bool, only: Sequence[str]) -> None:
+    Args:
+        quick: leave out what is marked ``full``.
+        only: (group, part of the case's name): cases that fit one of these.
+    """
+
+    def __init__(self, quick: bool, only: Sequence[tuple[str, str]]) -> None:
         self.plan, self.only = Plan(quick), only
         self.found: list[dict[str, Any]] = []
         self.problems: list[str] = []
@@ -65,7 +76,8 @@ class Suite:
         items[:] = [
             item
             for item in items
-            if _group(item) in self.only and not (self.plan.quick and item.get_closest_marker("full"))
+            if any(_group(item) == group and part in item.name for group, part in self.only)
+            and not (self.plan.quick and item.get_closest_marker("full"))
         ]
 
     def pytest_collection_finish(self, session: Any) -> None:
@@ -108,8 +120,17 @@ def _group(item: Any) -> str:
     return item.originalname.removeprefix("bench_")
 
 
-def measure(groups: Sequence[str], quick: bool, threads: int | None, argv: list[str]) -> tuple[dict[str, Any], Suite]:
-    """Run the cases of these groups under pytest-benchmark; ``argv`` is noted with the results."""
+def measure(
+    only: Sequence[tuple[str, str]], quick: bool, threads: int | None, cpu_time: bool, argv: list[str]
+) -> tuple[dict[str, Any], Suite]:
+    """Run cases under pytest-benchmark.
+
+    Args:
+        only, quick: which (``Suite``).
+        threads: of torch; None: two, or the cores there are.
+        cpu_time: take a thread's own time, with one thread.
+        argv: noted with the results.
+    """
     import pytest
     import torch
 
@@ -119,11 +140,15 @@ def measure(groups: Sequence[str], quick: bool, threads: int | None, argv: list[
         kernels.resolve("native", torch.device("cpu"))
     except (RuntimeError, ValueError) as error:
         raise UserError(str(error)) from error
-    torch.set_num_threads(threads or min(2, os.cpu_count() or 1))
-    suite = Suite(quick, groups)
+    torch.set_num_threads(1 if cpu_time else threads or min(2, os.cpu_count() or 1))
+    Clock.read = time.thread_time if cpu_time else time.perf_counter
+    suite = Suite(quick, only)
     load = os.getloadavg()[0]
-    if load > 0.5:
-        warn(f"load average {load:.1f}: other programs share the cores, and what is measured now proves nothing")
+    if load > 0.5 and not cpu_time:
+        warn(
+            f"load average {load:.1f}: other programs share the cores, and what is measured now proves nothing; "
+            "--cpu-time says more"
+        )
 
     class Fixtures:
         """Fixtures of the cases."""
@@ -137,9 +162,9 @@ def measure(groups: Sequence[str], quick: bool, threads: int | None, argv: list[
             yield
             suite.gather(request.node, benchmark)
 
-    cases = Path(__file__).with_name("cases.py")
+    cases = Path(__file__).with_name("cases")
     arguments = [str(cases), f"--rootdir={cases.parents[2]}", "-c", os.devnull, "-s", "-q", "-p", "no:cacheprovider"]
-    arguments += ["-o", "python_functions=bench_*", "-o", "python_files=cases.py", "-W", "ignore"]
+    arguments += ["-o", "python_functions=bench_*", "-o", "python_files=*.py", "-W", "ignore"]
     arguments += ["--benchmark-quiet", "--benchmark-disable-gc", "--noconftest"]
     start = time.perf_counter()
     log = io.StringIO()
@@ -166,6 +191,7 @@ def environment(argv: list[str], load: float, seconds: float) -> dict[str, Any]:
         "cores": os.cpu_count(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "threads": threads,
+        "clock": "the thread's own time" if Clock.read is time.thread_time else "wall",
         "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY"),
         "load_before": round(load, 2),
         "python": platform.python_version(),

@@ -1,16 +1,20 @@
 """What public implementations of SAM and Lookbehind-SAM do, as plain loops with nothing from ``lookbehind_fused``.
 
-Written from a description of their behaviour, to be read beside the papers. ``tests/compat/test_compat.py`` runs one
-and the same training script with these classes and with those of ``lookbehind_fused.compat``.
+Written from a description of their behaviour, to be read beside the papers; the single-file port is the one that
+``benchmarks`` times. ``tests/compat/test_compat.py`` runs one and the same training script with these classes and with
+those of ``lookbehind_fused.compat``.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+
+from benchmarks.bench.single_file import SingleFileSAM
+
+__all__ = ["ASAM", "SAM", "Lookbehind_ASAM", "Lookbehind_SAM", "SingleFileSAM"]
 
 
 class _AuthorsForm:
@@ -134,53 +138,3 @@ class Lookbehind_SAM(_LookbehindForm):
 
 class Lookbehind_ASAM(_LookbehindForm):
     scales_weights = True
-
-
-class SingleFileSAM(Optimizer):
-    """SAM as an optimizer around a class of optimizers, with two halves of a step and a form that takes a closure."""
-
-    def __init__(
-        self,
-        params: Iterable[Any],
-        base_optimizer: type[Optimizer],
-        rho: float = 0.05,
-        adaptive: bool = False,
-        use_gc: bool = False,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(params, {"rho": rho, "adaptive": adaptive, **kwargs})
-        self.use_gc = use_gc
-        self.base_optimizer = base_optimizer(self.param_groups, **kwargs)
-        self.param_groups = self.base_optimizer.param_groups
-
-    def with_gradients(self) -> list[tuple[dict[str, Any], Tensor]]:
-        return [(group, p) for group in self.param_groups for p in group["params"] if p.grad is not None]
-
-    @torch.no_grad()
-    def first_step(self, zero_grad: bool = False) -> None:
-        for _, p in self.with_gradients():
-            if self.use_gc and p.grad.ndim >= 2:
-                p.grad.sub_(p.grad.mean(dim=tuple(range(1, p.grad.ndim)), keepdim=True))
-        scaled = [((p.abs() if group["adaptive"] else 1.0) * p.grad).norm(p=2) for group, p in self.with_gradients()]
-        length = torch.stack(scaled).norm(p=2) + 1e-12
-        for group, p in self.with_gradients():
-            self.state[p]["old_p"] = p.clone()
-            p.add_((p**2 if group["adaptive"] else 1.0) * p.grad * group["rho"] / length)
-        if zero_grad:
-            self.zero_grad()
-
-    @torch.no_grad()
-    def second_step(self, zero_grad: bool = False) -> None:
-        for _, p in self.with_gradients():
-            p.copy_(self.state[p]["old_p"])
-        self.base_optimizer.step()
-        if zero_grad:
-            self.zero_grad()
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any]) -> Any:
-        self.first_step(zero_grad=True)
-        with torch.enable_grad():
-            value = closure()
-        self.second_step()
-        return value

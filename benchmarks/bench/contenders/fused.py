@@ -11,7 +11,7 @@ import torch
 
 from benchmarks.bench.contenders.foreach import Tensors, clear
 from benchmarks.bench.settings import Settings
-from lookbehind_fused import Lookbehind
+from lookbehind_fused import SAM, Lookbehind
 from lookbehind_fused.kernels import native
 
 NATIVE = "native"
@@ -36,6 +36,30 @@ class Fused(Lookbehind):
             momentum=settings.momentum,
             weight_decay=settings.weight_decay,
         )
+
+
+class Pair:
+    """``SAM`` in the pair form, with which scripts for the single-file port run as they are."""
+
+    def __init__(self, params: Tensors, settings: Settings) -> None:
+        self.optimizer = SAM(
+            params,
+            torch.optim.SGD,
+            rho=settings.rho,
+            adaptive=settings.asam,
+            eta=settings.eta,
+            backend=NATIVE,
+            lr=settings.lr,
+            momentum=settings.momentum,
+            weight_decay=settings.weight_decay,
+        )
+
+    def evaluations(self) -> Iterator[int]:
+        """One step of two gradients."""
+        yield 0
+        self.optimizer.first_step(zero_grad=True)
+        yield 1
+        self.optimizer.second_step(zero_grad=True)
 
 
 class OpsAlone(Fused):
