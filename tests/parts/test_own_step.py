@@ -364,7 +364,7 @@ def failures(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[s
     folder = tmp_path_factory.mktemp("ranks")
     command = [sys.executable, "-m", "tests.ranks", str(folder)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    root = Path(__file__).resolve().parent.parent
+    root = Path(__file__).resolve().parents[2]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     processes = [subprocess.Popen([*command, str(rank)], cwd=root, env=environment, **pipes) for rank in range(2)]
     try:
