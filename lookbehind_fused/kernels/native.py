@@ -41,12 +41,15 @@ def _load() -> str | None:
         torch.ops.load_library(str(LIBRARY))
     except OSError as error:
         return f"{LIBRARY.name} does not load with torch {torch.__version__}: {error}"
-    op = torch.ops.lookbehind_fused.contract.default
-    has_one = op.has_kernel_for_dispatch_key(torch._C.DispatchKey.CompositeExplicitAutograd)
-    different = _difference(op() if has_one else "")
+    different = _difference(torch.ops.lookbehind_fused.contract() if _has_contract() else "")
     if different:
         raise RuntimeError(f"{LIBRARY} was built from other sources than this package's: {different}; build it again")
     return None
+
+
+def _has_contract() -> bool:
+    op = torch.ops.lookbehind_fused.contract.default
+    return op.has_kernel_for_dispatch_key(torch._C.DispatchKey.CompositeExplicitAutograd)
 
 
 def _difference(lines: str) -> str:
