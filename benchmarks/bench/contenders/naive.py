@@ -1,4 +1,4 @@
-"""The loop as public code has it."""
+"""The public code's algorithm as a lean loop."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from benchmarks.bench.settings import Settings
 
 
 class Naive:
-    """The loop as the public code has it: per-parameter torch ops, 2k gradients, and copies around the base's step.
+    """The public code's algorithm with as few copies and loops as per-parameter torch ops allow: 2k gradients, and
+    copies around the base's step into memory that is kept. ``Public`` has those of the code itself.
 
-    This project's own transcription. A step keeps five copies of the model: epsilon, slow, fast, backup and momentum.
+    A step keeps five copies of the model: epsilon, slow, fast, backup and momentum.
     """
 
     def __init__(self, params: Sequence[Tensor], settings: Settings) -> None:
