@@ -314,6 +314,7 @@ def moments(backend: str, name: str, warm: int, share: float, twice: bool = Fals
         yield at, draw.choice([draw.randint(1, 40), draw.randint(1, 400)]) if twice else 0
 
 
+@pytest.mark.sample(24)
 @pytest.mark.parametrize("name", CONFIGURATIONS)
 def test_an_interrupted_step_has_happened_or_not(backend: str, name: str) -> None:
     run = Run(backend, name, WARM)
@@ -324,12 +325,14 @@ def test_an_interrupted_step_has_happened_or_not(backend: str, name: str) -> Non
     assert run.left_open <= most, f"{run.what}: {run.left_open} of {len(chosen)} steps were left open"
 
 
+@pytest.mark.sample(20)
 @pytest.mark.parametrize("name", CONFIGURATIONS)
 def test_an_interrupted_first_step_has_happened_or_not(backend: str, name: str) -> None:
     for at, _ in moments(backend, name, 0, 0.4):
         Run(backend, name, 0).interrupted(at)
 
 
+@pytest.mark.sample(20)
 @pytest.mark.parametrize("name", CONFIGURATIONS)
 def test_a_second_interrupt_while_the_first_is_settled(backend: str, name: str) -> None:
     run = Run(backend, name, WARM)
@@ -350,7 +353,6 @@ def test_signals_at_random_moments() -> None:
         env={**os.environ, "LOOKBEHIND_TEST_SEED": SEED},
         capture_output=True,
         text=True,
-        timeout=600,
     )
     assert ran.returncode == 0, f"{ran.stdout[-3000:]}\n{ran.stderr[-6000:]}"
     assert f"{SIGNALS} signals" in ran.stdout
