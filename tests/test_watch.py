@@ -94,6 +94,7 @@ STATE_CHANGES = [
 ]
 
 
+@pytest.mark.sample(36)
 @pytest.mark.parametrize("change", STATE_CHANGES, ids=lambda change: change.__name__)
 @pytest.mark.parametrize("base", BASES)
 def test_state_changed_between_steps(backend: str, base: str, change: Callable) -> None:
@@ -175,6 +176,7 @@ GROUP_CHANGES = [pop_first, pop_last, pop_and_return, replace, replace_with_torc
 GROUP_CHANGES += [take_one_out, split]
 
 
+@pytest.mark.sample(36)
 @pytest.mark.parametrize("change", GROUP_CHANGES, ids=lambda change: change.__name__)
 @pytest.mark.parametrize("base", [base for base in BASES if base != "Lister"])
 def test_groups_changed_between_steps(backend: str, base: str, change: Callable) -> None:
@@ -291,6 +293,7 @@ def state_of_another_shape(twin: Twin) -> Callable[[], Any]:
     return lambda: entry.update({key: before})
 
 
+@pytest.mark.sample(26)
 @pytest.mark.parametrize("name", REFUSED)
 @pytest.mark.parametrize("base", ["momentum", "Adam", "RMSprop"])
 def test_a_refused_change_that_is_undone_is_forgotten(backend: str, base: str, name: str) -> None:
