@@ -117,6 +117,7 @@ ATTRIBUTES = ["k", "alpha", "alpha_scope", "rho_scope", "max_grad_norm", "nonfin
 ATTRIBUTES += ["ascent_gradient", "reuse_gradient"]
 
 
+@pytest.mark.sample(24)
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
 @pytest.mark.parametrize("name", SETTINGS)
 def test_settings_come_back(backend: str, name: str, way: Callable[..., None]) -> None:
