@@ -7,6 +7,7 @@ edited in place - it trains as it does alone.
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -92,6 +93,7 @@ OWN["Adagrad"] = partial(torch.optim.Adagrad, lr=0.05, initial_accumulator_value
 # ---- it trains as it does alone --------------------------------------------------------------------------------------
 
 
+@pytest.mark.sample(20)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("base", OWN)
 def test_without_ascent_it_is_the_base_alone_bit_for_bit(backend: str, base: str, dtype: torch.dtype) -> None:
@@ -142,6 +144,7 @@ def test_it_is_algorithm_1(backend: str, base: str) -> None:
             twin.step()
 
 
+@pytest.mark.sample(12)
 @pytest.mark.parametrize("form", ["step", "evaluations", "pairs"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_clipped_scaled_skipped_and_missing(backend: str, dtype: torch.dtype, form: str) -> None:
@@ -365,13 +368,22 @@ def failures(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[s
     command = [sys.executable, "-m", "tests.ranks", str(folder)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     root = Path(__file__).resolve().parents[2]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    processes = [subprocess.Popen([*command, str(rank)], cwd=root, env=environment, **pipes) for rank in range(2)]
+    logs = [folder / f"log-{rank}" for rank in range(2)]
+    processes = []
     try:
-        output = [process.communicate(timeout=300)[0] for process in processes]
+        for rank, log in enumerate(logs):
+            with log.open("w") as out:
+                process = subprocess.Popen(
+                    [*command, str(rank)], cwd=root, env=environment, stdout=out, stderr=subprocess.STDOUT
+                )
+            processes.append(process)
+        while None in (codes := [process.poll() for process in processes]) and not any(codes):
+            time.sleep(0.05)  # until both have ended, or one has failed: the other would wait for it
     finally:
         for process in processes:
             process.kill()
+            process.wait()
+    output = [log.read_text() for log in logs]
 
     def of_case(case: str) -> list[str]:
         files = [folder / f"{case}-{rank}" for rank in range(2)]
@@ -380,6 +392,7 @@ def failures(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[s
     return of_case
 
 
+@pytest.mark.xdist_group("ranks")  # one process of pytest runs them, not each
 @pytest.mark.parametrize("case", CASES)
 def test_on_two_ranks(failures: Callable[[str], list[str]], case: str) -> None:
     assert failures(case) == ["", ""], "\n\n".join(failures(case))
