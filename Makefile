@@ -54,11 +54,11 @@ bench: $(READY)  ## measure against the reference loops and print the bounds; AR
 	@$(PY) -m benchmarks.bench $(ARGS)
 
 # With PYTHON=... that interpreter as it is, so that it works where nothing can be installed: the library is built in place.
-gpu-check: $(if $(WANTED),,$(READY))  ## run everything that needs a GPU; PYTHON=python3 takes the PyTorch that is there
+gpu-check: $(if $(WANTED),,$(READY))  ## run everything that needs a GPU; PYTHON=python3 takes the PyTorch that is there; ARGS: parts of names
 ifdef WANTED
 	@$(PYTHON) setup.py -q build_ext --inplace
 endif
-	@$(if $(WANTED),$(PYTHON),$(PY)) -m tests.gpu_check
+	@$(if $(WANTED),$(PYTHON),$(PY)) -m tests.gpu_check $(ARGS)
 
 # -O1: what the optimizer removes, no sanitizer sees. The thread sanitizer excludes the other two.
 sanitize:  ## run the C++ kernels under the address, undefined-behaviour and thread sanitizers; needs no torch

@@ -45,6 +45,15 @@ class Loop(Saved):
         """What one outer step does."""
         raise NotImplementedError
 
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As ``torch.optim`` does, but gradients that are to be None are not looked at before."""
+        if not set_to_none:
+            super().zero_grad(set_to_none=False)
+            return
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.grad = None
+
     def require_closed(self, what: str) -> None:
         """Refuse to do ``what`` while the weights are perturbed.
 

@@ -1,7 +1,8 @@
 """Everything that only a GPU can show, in one go: `make gpu-check`. Without a GPU it says so in a line and exits 0.
 
 Needs nothing but the Python that runs it, with a PyTorch for the GPU. Prints what it checks as it goes, and one table
-at the end; 1 if a check failed.
+at the end, with the seconds that each check took; 1 if a check failed. Arguments are parts of names: only checks that
+have one of them in theirs are run, as in `make gpu-check ARGS="cuda: 'own work'"`.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import itertools
 import shutil
 import subprocess
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from typing import Any
@@ -22,7 +24,7 @@ from lookbehind_fused.kernels import BACKENDS as BACKENDS_BY_NAME
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 BACKENDS = ("triton", "cuda")
-rows: list[tuple[str, str, str]] = []
+rows: list[tuple[str, str, str, str]] = []
 
 
 def main() -> int:
@@ -33,7 +35,7 @@ def main() -> int:
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, Python {sys.version.split()[0]}", flush=True)
     for backend in BACKENDS:
         if reason := BACKENDS_BY_NAME[backend].why_not():
-            rows.append((f"{backend}: everything", "absent", reason))
+            rows.append((f"{backend}: everything", "absent", "", reason))
             continue
         for dtype in DTYPES:
             check(
@@ -52,21 +54,29 @@ def main() -> int:
         check("cuda: compute-sanitizer finds nothing", sanitized)
     for name, shapes in sets().items():
         check(f"own work, {name}", lambda shapes=shapes: own_work(shapes))
-    width = max(len(what) for what, _, _ in rows)
+    if not rows:
+        print(f"gpu-check: no check has any of {sys.argv[1:]} in its name", file=sys.stderr)
+        return 2
+    width = max(len(row[0]) for row in rows)
     print()
-    for what, verdict, found in rows:
-        print(f"{what.ljust(width)}  {verdict:6}  {found}")
-    return int(any(verdict == "FAILED" for _, verdict, _ in rows))
+    for what, verdict, seconds, found in rows:
+        print(f"{what.ljust(width)}  {verdict:6}  {seconds:>7}  {found}")
+    return int(any(verdict == "FAILED" for _, verdict, _, _ in rows))
 
 
 def check(what: str, action: Callable[[], str]) -> None:
-    """Run one check and note what it found."""
+    """Run one check, if it is asked for, and note what it found."""
+    if not any(part in what for part in sys.argv[1:] or [""]):
+        return
     print(f"... {what}", file=sys.stderr, flush=True)
+    start = time.perf_counter()
     try:
-        rows.append((what, "holds", action()))
+        verdict, found = "holds", action()
     except Exception as error:
         traceback.print_exc()
-        rows.append((what, "FAILED", f"{type(error).__name__}: {str(error).strip().splitlines()[0][:150]}"))
+        verdict, found = "FAILED", f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')[:150]}"
+    rows.append((what, verdict, f"{time.perf_counter() - start:.1f} s", found))
+    print(f"    {' '.join(rows[-1][1:])}", file=sys.stderr, flush=True)
 
 
 # ---- right -----------------------------------------------------------------------------------------------------------
@@ -282,11 +292,14 @@ def sets() -> dict[str, list[tuple[int, ...]]]:
 
 def own_work(shapes: list[tuple[int, ...]]) -> str:
     """Ratios of device time and of wall time, contenders in turn, and the bandwidth against a device copy's."""
+    import torch._inductor.config
+
     from benchmarks.bench.bounds import bytes_per_parameter
     from benchmarks.bench.contenders import CONTENDERS
     from benchmarks.bench.settings import Settings
     from benchmarks.bench.timing import ratios
 
+    torch._inductor.config.loop_ordering_after_fusion = False  # torch 2.11 fails over the compiled peer with it
     settings, elements = Settings(), sum(torch.Size(s).numel() for s in shapes)
     names = [name for name in ("naive", "foreach", "compiled") if name != "compiled" or len(shapes) < 200]
     if elements > 1e8:
@@ -299,20 +312,13 @@ def own_work(shapes: list[tuple[int, ...]]) -> str:
     runs: dict[str, Callable[[], Any]] = {name: work.step for name, work in works.items()}
     runs["copy"] = lambda: y.copy_(x)
     seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for run in runs.values():
-        for _ in range(3):
-            run()
-    repeats = max(3, min(100, int(2e8 / elements)))
+    repeats = {}
+    for name, run in runs.items():
+        measured(run, 3)  # compiles, allocates
+        repeats[name] = max(1, min(100, int(0.03 / measured(run, 1))))
     for _ in range(9):
         for name, run in runs.items():
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            torch.cuda.synchronize()
-            start.record()
-            for _ in range(repeats):
-                run()
-            end.record()
-            torch.cuda.synchronize()
-            seconds[name].append(start.elapsed_time(end) / 1e3 / repeats)
+            seconds[name].append(measured(run, repeats[name]))
     parts = []
     copied = [8 * elements / s for s in seconds["copy"]]
     for backend in ours:
@@ -322,6 +328,18 @@ def own_work(shapes: list[tuple[int, ...]]) -> str:
         moved = [bytes_per_parameter(settings) * elements / s for s in seconds[backend]]
         parts.append(f"bandwidth of {backend} / copy {ratios(moved, copied).median:.2f}")
     return "; ".join(parts)
+
+
+def measured(run: Callable[[], Any], repeats: int) -> float:
+    """Seconds on the device of one of so many runs, the waits for the host between their launches counted in."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    start.record()
+    for _ in range(repeats):
+        run()
+    end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end) / 1e3 / repeats
 
 
 if __name__ == "__main__":

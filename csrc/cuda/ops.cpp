@@ -30,10 +30,8 @@ struct Guard {
 void* current_stream(int32_t) { return nullptr; }
 #else
 using Guard = torch::stable::accelerator::DeviceGuard;
-#if TORCH_FEATURE_VERSION >= TORCH_VERSION_2_13_0
-void* current_stream(int32_t device) { return torch::stable::accelerator::getCurrentStream(device).nativeHandle(); }
-#else
-// A library without CUDA has no such function, and this one has to load there all the same.
+// The stable header has a stream's handle from torch 2.13 on only; this function is in all of them. A torch without
+// CUDA lacks it, and this library has to load there all the same.
 void* current_stream(int32_t device) {
   using Get = AOTITorchError (*)(int32_t, void**);
   static const Get get = [] {
@@ -45,7 +43,6 @@ void* current_stream(int32_t device) {
   TORCH_ERROR_CODE_CHECK(get(device, &stream));
   return stream;
 }
-#endif
 #endif
 
 const char* name_of(ScalarType dtype) {

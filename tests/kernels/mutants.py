@@ -1,5 +1,6 @@
 """Mutants: a change in a copy of the package that the cases run on it have to notice."""
 
+import importlib.util
 import re
 import shutil
 import subprocess
@@ -8,6 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
+MISSING = [name for name in ("triton", "gpusim") if importlib.util.find_spec(name) is None]
+"""Of what runs Triton's kernels without a GPU."""
 
 
 def copied_to(folder: Path, *names: str) -> Path:

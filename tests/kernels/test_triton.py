@@ -4,7 +4,6 @@
 own (``tests.kernels.triton_cases``).
 """
 
-import importlib.util
 import os
 import re
 import subprocess
@@ -22,11 +21,10 @@ from lookbehind_fused import Lookbehind
 from lookbehind_fused.kernels import SCHEMAS, Flag, RuleId, cuda, device, triton
 from lookbehind_fused.kernels.contract import Column
 from lookbehind_fused.kernels.schema import ARGUMENTS
-from tests.kernels.mutants import ROOT, assert_noticed, assert_passed, cases_of, copied_to, mutate
+from tests.kernels.mutants import MISSING, ROOT, assert_noticed, assert_passed, cases_of, copied_to, mutate
 from tests.kernels.passes import DESCENTS, Case
 from tests.sampling import fewer, sample
 
-MISSING = [name for name in ("triton", "gpusim") if importlib.util.find_spec(name) is None]
 pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"needs {' and '.join(MISSING)} on PYTHONPATH")
 
 
