@@ -245,18 +245,18 @@ class Bucket:
         if rows is not self.rows and rows != self.rows:
             if self.rows is not None:
                 return self._gather_irregular(index, rows, grads)
-            self._choose(rows)
+            self.bound = self.bound_for.get(rows) or self._bound_for(rows)
+            self.rows = self.joined = rows
             if self.program.evaluations[index].perturbed:  # without an evaluation before that keeps the slow weights
                 self._join(rows)
         return self.bound[index], grads
 
-    def _choose(self, rows: tuple[int, ...]) -> None:
+    def _bound_for(self, rows: tuple[int, ...]) -> Bound:
         if rows not in self.bound_for:
             if len(self.bound_for) >= SUBSETS:
                 self.bound_for.clear()
             self.bound_for[rows] = self._bind(rows, self.kernels, self.calls)
-        self.bound = self.bound_for[rows]
-        self.rows = self.joined = rows
+        return self.bound_for[rows]
 
     def _gather_irregular(self, index: int, rows: tuple[int, ...], grads: list[Tensor]) -> tuple[list, list]:
         """Other tensors than before have gradients: the rest of the step runs on the reference backend, which takes
@@ -301,7 +301,8 @@ class Bucket:
 
     def keep_slow(self) -> None:
         """Keep all slow weights before the first evaluation, where it is not known when they will be perturbed."""
-        self._choose(self.all_rows)
+        self.bound = self._bound_for(self.all_rows)
+        self.rows = self.all_rows
         self._join(self.all_rows)
 
     def require_unmoved(self) -> None:

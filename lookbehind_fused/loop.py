@@ -13,6 +13,7 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 
 from .arguments import Settings, check_grad_scale, check_stats
 from .checkpoint import Saved
+from .leftovers import Leftovers, Lent, note_when_stepped
 from .open_step import DONE, OPEN, OpenStep, Part
 from .parts.buffers import BuffersAtSlow
 from .parts.own_step import OwnStep
@@ -32,6 +33,8 @@ class Loop(Saved):
         if "base_optimizer" not in state:
             return
         self._previous = PreviousGradients(state.get("previous", {}))
+        self._leftovers = Leftovers()
+        note_when_stepped(self.base_optimizer)
         self._prepared = Prepared(self.base_optimizer, self.defaults)
         self._read_settings = attrgetter(*self.SETTINGS)
         self._checked: tuple | None = None  # the settings that were found acceptable
@@ -121,13 +124,20 @@ class Loop(Saved):
     def _evaluate(self, step: OpenStep, uses: bool = True) -> Iterator[Evaluation]:
         """The evaluations of a step that has not begun; ``uses``: what follows each is done here."""
         tensors = self._prepared.tensors
+        others = self._leftovers.others(tensors)
+        lent = Lent(others) if others else None
         try:
             try:
                 self._begin(step, uses)
                 for evaluation in step.program.evaluations[step.position :]:
                     for p in tensors:
                         p.grad = None
+                    if lent is not None:
+                        lent.lend()
                     yield evaluation
+                    if lent is not None:
+                        lent.require_cleared(self._prepared.names, tensors)
+                        lent = None
                     if self._open is not step:
                         raise RuntimeError(
                             f"evaluation {evaluation.index}: expected an open step, but abort_step() ended it"
@@ -141,6 +151,8 @@ class Loop(Saved):
                 self._settle(step)
                 raise
         finally:
+            if lent is not None:
+                lent.give_back()
             if self._open is step:  # an interrupt came while another was settled
                 self._settle(step)
 
@@ -201,6 +213,7 @@ class Loop(Saved):
                 self._previous.kept = {}
             self._last = step, self._settings, self.grad_scale
             self._opt_called = self.base_optimizer._opt_called = True  # LR schedulers look for it
+        self._leftovers.note(self._prepared.tensors)
         self._open = None
 
     # ---- hooks: torch runs them around step(); the other forms of a step run them here ----

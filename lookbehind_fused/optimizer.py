@@ -239,7 +239,8 @@ class Lookbehind(Loop):
         Whatever is raised, by the closure or here, also by the handler of a signal at any moment: the weights and the
         base optimizer's state are as they were before, or, where the last pass had begun, as they are after the step.
         """
-        self._refuse_grad_scaler()
+        if "found_inf" in self.__dict__:
+            self._refuse_grad_scaler()
         if closure is None and self._creates_state():
             return self.base_optimizer.step()
         if not callable(closure):
@@ -269,12 +270,13 @@ class Lookbehind(Loop):
         return losses[0] if len(losses) == 1 else sum(losses) / len(losses)
 
     def _refuse_grad_scaler(self) -> None:
-        if self.__dict__.pop("found_inf", None) is not None:
-            self.grad_scale = 1.0  # GradScaler has written its own into it
-            raise RuntimeError(
-                "GradScaler.step(): expected step(closure), since a scaler looks for non-finite gradients before the "
-                'closure computes them; set grad_scale and nonfinite="skip", and scale the loss in the closure'
-            )
+        if self.__dict__.pop("found_inf", None) is None:
+            return
+        self.grad_scale = 1.0  # GradScaler has written its own into it
+        raise RuntimeError(
+            "GradScaler.step(): expected step(closure), since a scaler looks for non-finite gradients before the "
+            'closure computes them; set grad_scale and nonfinite="skip", and scale the loss in the closure'
+        )
 
     def _creates_state(self) -> bool:
         """Whether this is how ``torch.distributed.checkpoint`` has an optimizer create its state: a step without a

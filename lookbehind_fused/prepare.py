@@ -28,13 +28,14 @@ class Prepared:
         defaults: what a group gets where it has no such setting.
 
     Attributes:
-        tensors: all parameters, in the order of the groups.
+        tensors, names: all parameters, in the order of the groups, and what they are called in messages.
     """
 
     def __init__(self, base: Optimizer, defaults: dict[str, Any]) -> None:
         self.base, self.rule, self.defaults = base, rule_of(base), defaults
         self.buckets: list[Bucket] = []
         self.tensors: list[Tensor] = []
+        self.names: list[str] = []
         self._watch: Watch | None = None
         self._backend = ""
         self._found: list[tuple] = []  # tensors and what decides in which bucket they are
@@ -49,7 +50,8 @@ class Prepared:
             RuntimeError: a parameter was replaced by one of another shape, dtype or device, or none is trained.
             TypeError, ValueError: a group's settings, a parameter, the base's state or the backend is not acceptable.
         """
-        if self.rule is not NO_RULE and (self.base._optimizer_step_pre_hooks or self.base._optimizer_step_post_hooks):
+        hooks = self.base._optimizer_step_pre_hooks, self.base._optimizer_step_post_hooks
+        if self.rule is not NO_RULE and (hooks[0] or len(hooks[1]) > 1):  # one is ours: leftovers.note_when_stepped
             raise RuntimeError(
                 f"base_optimizer: its step() is never called, since {type(self.base).__name__} is fused, so its step "
                 "hooks would not run; expected none, register them on Lookbehind"
@@ -89,7 +91,7 @@ class Prepared:
         else:
             self._build(members, backend)
         self._found, self._groups, self._backend = found, [*groups], backend
-        self.tensors = tensors_of(groups)
+        self.tensors, self.names = params, names
         self._watch = Watch(groups, self.rule)  # last: what an interrupt leaves half done is done again
 
     def _require_same_layouts(self) -> None:

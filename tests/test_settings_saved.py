@@ -299,6 +299,7 @@ def test_dcp_from_a_plain_optimizer(backend: str, base: str) -> None:
     assert [target.param_groups[0][key] for key in ("rho", "adaptive", "eta")] == [0.3, True, 0.2]
     assert (target.k, target.alpha) == (2, 0.5)
     expected = Lookbehind(None, plain, **settings)
+    expected.zero_grad()
     train(target, other, range(2, 4))
     train(expected, model, range(2, 4))
     assert_same_weights("two steps", other, model)

@@ -320,8 +320,8 @@ def test_memory_format_may_change_between_steps(backend: str, base: str) -> None
 
 
 def test_only_empty_and_single_elements(backend: str) -> None:
-    params = [nn.Parameter(torch.tensor(1.5, dtype=torch.float64)), *parameters((0,), (2, 0), (1, 1), ())]
     for scope in ("global", "tensor"):
+        params = [nn.Parameter(torch.tensor(1.5, dtype=torch.float64)), *parameters((0,), (2, 0), (1, 1), ())]
         duel = Duel(backend, [{"params": params}], *RULES["sgd"], {**OPTIONS, "alpha_scope": scope})
         for _ in range(3):
             duel.step()

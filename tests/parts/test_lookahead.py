@@ -297,6 +297,7 @@ def test_gradscaler_scales_a_plain_optimizer_and_is_refused_by_lookbehind() -> N
         loss.backward()
         return loss
 
+    optimizer.zero_grad()
     optimizer.step(closure)
     assert optimizer.inner_step == 0
     assert_close("weights", p.detach(), torch.full((3,), 0.5), 0)
