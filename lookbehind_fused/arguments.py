@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 import numbers
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +17,25 @@ from .tensors import describe, layout
 
 GROUP_DEFAULTS = {"rho": 0.05, "adaptive": False, "eta": 0.01}
 """What a parameter group has beside the base optimizer's own settings."""
+
+
+class Keys(NamedTuple):
+    """Under which keys a parameter group has its rho, adaptive and eta: ``ascent_rho`` and so on, where the base
+    optimizer has a setting of that name itself (rho of Adadelta, eta of LARS).
+    """
+
+    rho: str = "rho"
+    adaptive: str = "adaptive"
+    eta: str = "eta"
+
+    @classmethod
+    def of(cls, base: Optimizer) -> Keys:
+        """Those of the groups of a base optimizer."""
+        return cls(*(f"ascent_{name}" if name in base.defaults else name for name in cls._fields))
+
+    def named(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """What is given by the names of the fields, by these keys."""
+        return {getattr(self, name): value for name, value in values.items()}
 
 
 class Settings(NamedTuple):
@@ -102,14 +121,14 @@ def check_grad_scale(value: Any) -> None:
         raise wrong("grad_scale", expected, value, (numbers.Real,))
 
 
-def check_group(group: dict[str, Any], where: str = "") -> None:
+def check_group(group: Mapping[str, Any], where: str = "", keys: Keys = Keys()) -> None:  # noqa: B008  immutable
     """Refuse a group's rho, eta or adaptive; ``where`` says whose, if not the constructor's.
 
     In a parameter group ``adaptive`` may also be a list of bools, one for each of its parameters.
     """
-    for name in ("rho", "eta"):
+    for name in (keys.rho, keys.eta):
         check_number(f"{where}[{name!r}]" if where else name, group[name])
-    adaptive, name = group["adaptive"], f"{where}['adaptive']" if where else "adaptive"
+    adaptive, name = group[keys.adaptive], f"{where}[{keys.adaptive!r}]" if where else keys.adaptive
     if not isinstance(adaptive, list) or "params" not in group:
         check_bool(name, adaptive)
         return
@@ -122,9 +141,9 @@ def check_group(group: dict[str, Any], where: str = "") -> None:
         check_bool(f"{name}[{index}]", value)
 
 
-def adaptive_by_tensor(group: dict[str, Any]) -> list[bool]:
+def adaptive_by_tensor(group: dict[str, Any], keys: Keys) -> list[bool]:
     """For each parameter of a group, whether its ascent is scaled."""
-    adaptive = group["adaptive"]
+    adaptive = group[keys.adaptive]
     return adaptive if isinstance(adaptive, list) else [adaptive] * len(group["params"])
 
 
@@ -263,6 +282,30 @@ def build_base(params: ParamsT | None, base_optimizer: Any, base_kwargs: dict[st
     if any(group.get("differentiable") for group in base.param_groups):
         raise ValueError(f"base_optimizer: expected differentiable=False, got {name} with differentiable=True")
     return base
+
+
+def own_by_key(keys: Keys, given: dict[str, Any], by_key: dict[str, Any], base: str) -> dict[str, Any]:
+    """What was given of rho, adaptive and eta, by its key in groups.
+
+    Args:
+        given: by name. by_key: by a key that begins with ``ascent_``. base: the name of the base's class.
+
+    Raises:
+        TypeError: one is given by a name that means something else for this base, or nothing.
+    """
+    for name, value in given.items():
+        key = getattr(keys, name)
+        if key != name:
+            raise TypeError(
+                f"{name}: expected {key} for what Lookbehind calls {name}, since {base} has a setting {name} of its "
+                f"own, got {value!r}; that one is given to {base} itself: Lookbehind(None, {base}(params, {name}=...), "
+                f"{key}=...)"
+            )
+    for key, value in by_key.items():
+        if key not in keys:
+            name = key.removeprefix("ascent_")
+            raise TypeError(f"{key}: expected {name}, since {base} has no setting {name} of its own, got {value!r}")
+    return {**given, **by_key}
 
 
 def _given_base(params: ParamsT | None, base: Optimizer, base_kwargs: dict[str, Any]) -> Optimizer:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .arguments import Settings, check_group
+from .arguments import Keys, Settings, check_group
 from .binding import BoundCall, bind_call
 from .kernels import reference
 from .kernels.contract import Column, Flag, Hyper, RuleId
@@ -61,7 +61,7 @@ class Bucket:
         base: Optimizer, rule: Rule, kernels: ModuleType,
     ) -> None:  # fmt: skip
         self.number, self.groups, self.adaptive = number, groups, adaptive
-        self.base, self.rule, self.kernels = base, rule, kernels
+        self.base, self.rule, self.keys, self.kernels = base, rule, Keys.of(base), kernels
         self.indices, self.names, self.params = ([*column] for column in list(zip(*members, strict=True))[:3])
         self.device, self.dtype = self.params[0].device, self.params[0].dtype
         self.buffer_dtype = compute_dtype(self.dtype)
@@ -105,8 +105,8 @@ class Bucket:
         unscale = 1.0 if isinstance(grad_scale, Tensor) else 1 / grad_scale
         rows, mean_rows = [], []
         for where, group in self.groups.items():
-            check_group(group, where)
-            rho, eta = group["rho"] / settings.ascents_in_rho, group["eta"]
+            check_group(group, where, self.keys)
+            rho, eta = group[self.keys.rho] / settings.ascents_in_rho, group[self.keys.eta]
             if group.get("maximize"):  # of f is minimizing -f, whose ascent goes the other way
                 rho = -rho
             rows.append([*map(float, (rho, eta, settings.static_alpha, clip, unscale, *self.rule.numbers(group)))])

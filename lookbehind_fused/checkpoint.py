@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .arguments import GROUP_DEFAULTS, Settings, check_group, check_settings
+from .arguments import Keys, Settings, check_group, check_settings
 from .rules import NO_RULE, rule_of
 from .tensors import ROUNDED, params_and_names, tensors_of
 
@@ -58,9 +58,9 @@ class Saved(Optimizer):
             RuntimeError: an outer step is open, so that the weights are perturbed.
         """
         self.require_closed("state_dict()")
-        state_dict = super().state_dict()
+        state_dict, keys = super().state_dict(), Keys.of(self.base_optimizer)
         for group in state_dict["param_groups"]:
-            group["adaptive"] = copy(group["adaptive"])  # a list may be changed in place
+            group[keys.adaptive] = copy(group[keys.adaptive])  # a list may be changed in place
             group[OWN] = self.settings()
         params = tensors_of(self.param_groups)
         own = {"base_optimizer": type(self.base_optimizer).__name__, "shapes": [list(p.shape) for p in params]}
@@ -118,7 +118,8 @@ class Saved(Optimizer):
         if len(found) != len(shapes) or any(f not in (None, s) for f, s in zip(found, shapes, strict=True)):
             raise ValueError(f"state_dict: expected previous gradients of shapes {shapes}, got {found}")
         for number, group in enumerate(groups):
-            check_group({**self.param_groups[number], **group}, f"state_dict: param_groups[{number}]")
+            where = f"state_dict: param_groups[{number}]"
+            check_group({**self.param_groups[number], **group}, where, Keys.of(self.base_optimizer))
         self._check_loadable_state(state_dict, params, names)
         brought = next((group[OWN] for group in groups if OWN in group), {k: saved[k] for k in ("k",) if k in saved})
         settings = {name: value for name, value in brought.items() if name in self.SETTINGS}
@@ -195,7 +196,7 @@ def _after_loading(base: Optimizer) -> None:
         return
     state_dict, groups = loading
     for group, before in zip(base.param_groups, groups, strict=True):
-        for key in GROUP_DEFAULTS:
+        for key in Keys.of(base):
             if key in before:
                 group.setdefault(key, before[key])
     saved_ids = chain.from_iterable(group["params"] for group in state_dict["param_groups"])

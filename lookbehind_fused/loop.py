@@ -119,7 +119,7 @@ class Loop(Saved):
             for bucket in step.buckets:
                 bucket.keep_slow()
         if step.program.recalls:
-            step.recall(self._previous.of_now())
+            step.recall(self._previous.of_now(self._prepared.late))
 
     def _evaluate(self, step: OpenStep, uses: bool = True) -> Iterator[Evaluation]:
         """The evaluations of a step that has not begun; ``uses``: what follows each is done here."""
@@ -142,6 +142,8 @@ class Loop(Saved):
                         raise RuntimeError(
                             f"evaluation {evaluation.index}: expected an open step, but abort_step() ended it"
                         )
+                    if self._prepared.untrained and uses and evaluation.index == int(step.program.recalls):
+                        self._take_in(step)
                     with torch.no_grad():
                         step.use() if uses else step.applied(evaluation)
                 with torch.no_grad():
@@ -155,6 +157,21 @@ class Loop(Saved):
                 lent.give_back()
             if self._open is step:  # an interrupt came while another was settled
                 self._settle(step)
+
+    @torch.no_grad()
+    def _take_in(self, step: OpenStep) -> None:
+        """Tensors that were not trained when the step was prepared, and have a gradient at its first evaluation, are
+        trained from then on: an adapter whose ``requires_grad`` is on only inside the closure.
+        """
+        prepared = self._prepared
+        if not prepared.notes_trained():
+            return
+        step.rewind()
+        prepared.for_step(step.program, self._settings, self.grad_scale, self.backend)
+        step.restart(prepared.buckets, prepared.norms)
+        if step.program.recalls:
+            self._previous.params = prepared.tensors
+            step.recall(self._previous.of_now(self._prepared.late))
 
     @torch.no_grad()
     def _use_half(self, step: OpenStep) -> None:

@@ -78,6 +78,20 @@ class OpenStep:
         for part in self.parts:
             part.begin()
 
+    def rewind(self) -> None:
+        """Every tensor is again where it was."""
+        for bucket in self.buckets:
+            bucket.rollback()
+        weights_written()
+
+    def restart(self, buckets: list[Bucket], norms: Norms) -> None:
+        """Go on with other buckets, where nothing has moved: more tensors take part than when it began."""
+        for bucket in buckets:
+            bucket.open()
+        self.norms, self.buckets = norms, buckets
+        for part in self.parts:
+            part.begin()
+
     def recall(self, previous: Mapping[Tensor, Tensor]) -> None:
         """The calls after evaluation 0, with gradients that have been kept in the place of new ones."""
         if previous:
@@ -197,9 +211,7 @@ class OpenStep:
         if self.phase in (OPEN, CLOSING):
             for part in reversed(self.parts):
                 part.rollback()
-            for bucket in self.buckets:
-                bucket.rollback()
-            weights_written()
+            self.rewind()
             self.phase = IDLE
 
     def _run_final(self) -> None:

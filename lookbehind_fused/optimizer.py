@@ -12,7 +12,16 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from . import kernels
-from .arguments import GROUP_DEFAULTS, build_base, check_grad_scale, check_group, check_stats, check_takes_evaluation
+from .arguments import (
+    GROUP_DEFAULTS,
+    Keys,
+    build_base,
+    check_grad_scale,
+    check_group,
+    check_stats,
+    check_takes_evaluation,
+    own_by_key,
+)
 from .diagnostics import figures
 from .loop import Loop
 from .parts.buffers import check_model
@@ -94,7 +103,9 @@ class Lookbehind(Loop):
             slow weights; what perturbed ones have done to them is undone (``lookbehind_fused.running_stats_at_slow``).
         backend: ``"auto"`` (the fastest that there is for the device), ``"native"`` (C++, for CPUs), ``"triton"`` (for
             GPUs), ``"cuda"`` (compiled, for CUDA GPUs) or ``"reference"`` (plain PyTorch).
-        **base_kwargs: arguments of the class ``base_optimizer``.
+        **base_kwargs: arguments of the class ``base_optimizer``. Where that has a rho or eta of its own (Adadelta,
+            LARS), those of the ascent are ``ascent_rho`` and ``ascent_eta``, here and in groups; ``rho`` and ``eta`` in
+            groups are the base's.
 
     For bf16 and fp16 parameters the slow, fast and perturbed weights and the base's state are kept in float32 during
     the step; the parameters are their rounded image.
@@ -131,8 +142,10 @@ class Lookbehind(Loop):
     ) -> None:
         own = {"rho": rho, "adaptive": adaptive, "eta": eta}
         own = {name: value for name, value in own.items() if value is not None}
-        defaults = {**self.GROUP, **own}
-        check_group(defaults)
+        by_key = {
+            key: base_kwargs.pop(key) for key in ("ascent_rho", "ascent_adaptive", "ascent_eta") if key in base_kwargs
+        }
+        check_group({**self.GROUP, **own})
         settings = {
             **{"k": k, "alpha": alpha, "alpha_scope": alpha_scope, "rho_scope": rho_scope},
             **{"max_grad_norm": max_grad_norm, "nonfinite": nonfinite, "microbatches": microbatches},
@@ -146,11 +159,15 @@ class Lookbehind(Loop):
         check_stats(running_stats_at_slow, ascent_gradient)
         kernels.resolve(backend)
         base = build_base(params, base_optimizer, base_kwargs)
+        keys = Keys.of(base)
+        own = own_by_key(keys, own, by_key, type(base).__name__)
+        defaults = {**keys.named(self.GROUP), **own}
+        check_group(defaults, keys=keys)
         check_parameters(*params_and_names(base.param_groups))
         if base is not base_optimizer:  # groups of its own keep their settings
             own = {}
         for number, group in enumerate(base.param_groups):
-            check_group({**defaults, **group, **own}, f"param_groups[{number}]")
+            check_group({**defaults, **group, **own}, f"param_groups[{number}]", keys)
         # From here on nothing fails: an instance handed in is changed only if everything about it is acceptable.
         for group in base.param_groups:
             group.update({**{name: group.get(name, value) for name, value in defaults.items()}, **own})
@@ -206,12 +223,13 @@ class Lookbehind(Loop):
         self.require_closed("add_param_group()")
         if not isinstance(param_group, dict):
             raise TypeError(f"param_group: expected a dict, got {type(param_group).__name__}")
-        own = {name: param_group.get(name, self.defaults[name]) for name in GROUP_DEFAULTS}
+        keys = Keys.of(self.base_optimizer)
+        own = {key: param_group.get(key, self.defaults[key]) for key in keys}
         where = f"param_groups[{len(self.param_groups)}]"
-        check_group({**own, "adaptive": False}, where)
+        check_group({**own, keys.adaptive: False}, where, keys)
         self.base_optimizer.add_param_group(param_group)
         try:
-            check_group({**own, "params": self.param_groups[-1]["params"]}, where)
+            check_group({**own, "params": self.param_groups[-1]["params"]}, where, keys)
             check_parameters(*params_and_names(self.param_groups))
         except (TypeError, ValueError):
             self.param_groups.pop()

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from . import kernels
-from .arguments import GROUP_DEFAULTS, Settings, adaptive_by_tensor, check_group
+from .arguments import Keys, Settings, adaptive_by_tensor, check_group
 from .buckets import Bucket, Member
 from .kernels.contract import Hyper
 from .norms import Norms
@@ -29,13 +29,17 @@ class Prepared:
 
     Attributes:
         tensors, names: all parameters, in the order of the groups, and what they are called in messages.
+        untrained: of these, those that no bucket has: they have had no gradient and require none.
+        late: the identities of those that were untrained once and then had a gradient in a step.
     """
 
     def __init__(self, base: Optimizer, defaults: dict[str, Any]) -> None:
-        self.base, self.rule, self.defaults = base, rule_of(base), defaults
+        self.base, self.rule, self.keys, self.defaults = base, rule_of(base), Keys.of(base), defaults
         self.buckets: list[Bucket] = []
         self.tensors: list[Tensor] = []
         self.names: list[str] = []
+        self.untrained: list[Tensor] = []
+        self.late: set[int] = set()
         self._watch: Watch | None = None
         self._backend = ""
         self._found: list[tuple] = []  # tensors and what decides in which bucket they are
@@ -72,14 +76,23 @@ class Prepared:
         """State of the buckets' own has appeared in the base's."""
         self._watch.see_state(self.base.state)
 
+    def notes_trained(self) -> bool:
+        """Whether some of ``untrained`` have a gradient now: these are no longer untrained, whatever they require."""
+        late = {id(p) for p in self.untrained if p.grad is not None}
+        self.late |= late
+        return bool(late)
+
+    def _trains(self, p: Tensor) -> bool:
+        return trained(p) or id(p) in self.late
+
     def _follow(self, backend: str) -> None:
         """Tensors, groups, or what decides which bucket a tensor is in, may have changed."""
         groups = self.base.param_groups
         self._watch = None
         for number, group in enumerate(groups):
-            for name in (*GROUP_DEFAULTS, *self.rule.reads):
+            for name in (*self.keys, *self.rule.reads):
                 group.setdefault(name, self.defaults[name])
-            check_group(group, f"param_groups[{number}]")
+            check_group(group, f"param_groups[{number}]", self.keys)
         self._require_same_layouts()
         params, names = params_and_names(groups)
         check_parameters(params, names)
@@ -92,7 +105,10 @@ class Prepared:
             self._build(members, backend)
         self._found, self._groups, self._backend = found, [*groups], backend
         self.tensors, self.names = params, names
-        self._watch = Watch(groups, self.rule)  # last: what an interrupt leaves half done is done again
+        self.untrained = [p for p in params if not self._trains(p)]
+        self._watch = Watch(
+            groups, self.rule, self.keys, self.untrained
+        )  # last: what an interrupt leaves half done is done again
 
     def _require_same_layouts(self) -> None:
         of_now = {*map(id, tensors_of(self.base.param_groups))}
@@ -110,9 +126,9 @@ class Prepared:
         index = count()
         for number, group in enumerate(self.base.param_groups):
             switches = self.rule.id(group), self.rule.flags(group), self.rule.derives(group)
-            for p, adaptive in zip(group["params"], adaptive_by_tensor(group), strict=True):
+            for p, adaptive in zip(group["params"], adaptive_by_tensor(group, self.keys), strict=True):
                 i = next(index)
-                if trained(p):
+                if self._trains(p):
                     of_kind = members.setdefault((p.device, p.dtype, adaptive, *switches), [])
                     row = of_kind[-1][0].group + (of_kind[-1][1] != number) if of_kind else 0
                     of_kind.append((Member(i, names[i], p, row), number))

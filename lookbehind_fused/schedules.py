@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from .arguments import check_fraction, check_group
+from .arguments import Keys, check_fraction, check_group
 from .lookahead import Lookahead
 from .optimizer import Lookbehind
 
@@ -44,7 +44,8 @@ class LambdaSchedule:
             if function is not None and not callable(function):
                 raise TypeError(f"{name}: expected a function of the number of steps, or None, got {function!r}")
         self.optimizer, self.method, self.rho, self.alpha = optimizer, method, rho, alpha
-        self.initial_rho = [group["rho"] for group in method.param_groups]
+        self.keys = Keys.of(method.base_optimizer)
+        self.initial_rho = [group[self.keys.rho] for group in method.param_groups]
         self.steps = 0
         self._set(0)
 
@@ -65,13 +66,13 @@ class LambdaSchedule:
                 f"param_groups: expected the {len(self.initial_rho)} groups that there were when LambdaSchedule was "
                 f"made, got {len(groups)}"
             )
-        rhos, alpha = [group["rho"] for group in groups], self.optimizer.alpha
+        rhos, alpha = [group[self.keys.rho] for group in groups], self.optimizer.alpha
         try:
             if self.rho is not None:
                 factor = self.rho(steps)
                 rhos = [factor * initial for initial in self.initial_rho]
             for rho, group in zip(rhos, groups, strict=True):
-                check_group({**group, "rho": rho})
+                check_group({**group, self.keys.rho: rho}, keys=self.keys)
             if self.alpha is not None:
                 alpha = self.alpha(steps)
             if self.optimizer is not self.method:
@@ -81,7 +82,7 @@ class LambdaSchedule:
         except (TypeError, ValueError) as error:
             raise type(error)(f"schedule at step {steps}: {error}") from error
         for rho, group in zip(rhos, groups, strict=True):
-            group["rho"] = rho
+            group[self.keys.rho] = rho
         self.optimizer.alpha = alpha
 
     def state_dict(self) -> dict[str, Any]:

@@ -10,10 +10,11 @@ from typing import Any
 
 from torch import Tensor
 
+from .arguments import Keys
 from .rules import Rule
 from .tensors import tensors_of, trained
 
-_members, _adaptive = itemgetter("params"), itemgetter("adaptive")
+_members = itemgetter("params")
 
 
 def _switches(group: Mapping[str, Any], rule: Rule) -> tuple:
@@ -26,21 +27,23 @@ class Watch:
 
     Everything is held, so that an identity is not used again.
 
+    Args:
+        groups, rule, keys: of the base optimizer. untrained: tensors that no bucket has.
+
     Attributes:
         tensors: all parameters, in the order of the groups.
         values: of each group the settings that the kernels are given numbers of.
     """
 
-    def __init__(self, groups: list[dict[str, Any]], rule: Rule) -> None:
-        self.rule, self.groups = rule, [*groups]
-        self._read = itemgetter("rho", "eta", *rule.reads)
+    def __init__(self, groups: list[dict[str, Any]], rule: Rule, keys: Keys, untrained: list[Tensor]) -> None:
+        self.rule, self.groups, self._others = rule, [*groups], untrained
+        self._read, self._adaptive = itemgetter(keys.rho, keys.eta, *rule.reads), itemgetter(keys.adaptive)
         self.tensors = tensors_of(groups)
         self.addresses = [*map(Tensor.data_ptr, self.tensors)]
         # Of one dimension, another stride at the same address would leave gaps, or show in the shape of the gradient.
         self._strided = [p for p in self.tensors if p.dim() > 1]
         self._strides = [*map(Tensor.stride, self._strided)]
-        self._scaled = deepcopy([*map(_adaptive, groups)])  # a list may be changed in place
-        self._others = [p for p in self.tensors if not trained(p)]
+        self._scaled = deepcopy([*map(self._adaptive, groups)])  # a list may be changed in place
         self._kinds = [_switches(group, rule) for group in groups]
         self.values = [*map(self._read, groups)]
         self._state: list[Any] = []
@@ -50,7 +53,7 @@ class Watch:
         is for. Brings ``values`` up to date on the way.
         """
         try:
-            values, scaled = [*map(self._read, groups)], [*map(_adaptive, groups)]
+            values, scaled = [*map(self._read, groups)], [*map(self._adaptive, groups)]
         except KeyError:  # a group was replaced by one without this library's settings
             return False
         tensors = [*chain.from_iterable(map(_members, groups))]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..arguments import check_group, check_int, is_number, weights_of, wrong
+from ..arguments import Keys, check_group, check_int, is_number, weights_of, wrong
 from ..family import refuse
 from ..optimizer import Lookbehind
 from ..tensors import name_of, tensors_of, weights_written
@@ -77,19 +77,17 @@ class AuthorsForm:
         self._weights = weights_of(model)
         self._backup: dict[Tensor, Tensor] | None = None
         self._require_of_model()
+        keys = self._keys = Keys.of(optimizer)
         self._lookbehind = Lookbehind(
             None,
             optimizer,
-            rho=rho,
-            eta=eta,
-            adaptive=False,  # of its groups; their own lists follow
             alpha_scope="tensor",
             reuse_gradient=False,
+            **keys.named({"rho": rho, "eta": eta, "adaptive": False}),  # of its groups; their own lists follow
             **settings,
         )
         for group in optimizer.param_groups:
-            group.update(rho=rho, eta=eta)
-            del group["adaptive"]
+            del group[keys.adaptive]
         self._complete_groups()
 
     def _require_of_model(self) -> None:
@@ -100,11 +98,11 @@ class AuthorsForm:
 
     def _complete_groups(self) -> None:
         """Groups that are new say which of their tensors are scaled."""
-        new = [group for group in self.param_groups if "adaptive" not in group]
+        new = [group for group in self.param_groups if self._keys.adaptive not in group]
         if new:
             self._require_of_model()
         for group in new:
-            group["adaptive"] = [self.scales_weights and p in self._weights for p in group["params"]]
+            group[self._keys.adaptive] = [self.scales_weights and p in self._weights for p in group["params"]]
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(rho={self.rho}, eta={self.eta}, optimizer={self.optimizer!r})"
@@ -219,7 +217,7 @@ class AuthorsForm:
     @property
     def defaults(self) -> dict[str, Any]:
         """Defaults of a parameter group: the base optimizer's, and ``rho`` and ``eta``."""
-        return {**self.optimizer.defaults, "rho": self.rho, "eta": self.eta}
+        return {**self.optimizer.defaults, **self._keys.named({"rho": self.rho, "eta": self.eta})}
 
     @property
     def diagnostics(self) -> dict[str, Tensor]:
@@ -239,7 +237,7 @@ class AuthorsForm:
     @property
     def rho(self) -> float:
         """Radius of one ascent step."""
-        return self.param_groups[0]["rho"]
+        return self.param_groups[0][self._keys.rho]
 
     @rho.setter
     def rho(self, value: float) -> None:
@@ -248,7 +246,7 @@ class AuthorsForm:
     @property
     def eta(self) -> float:
         """ASAM's stabilizer."""
-        return self.param_groups[0]["eta"]
+        return self.param_groups[0][self._keys.eta]
 
     @eta.setter
     def eta(self, value: float) -> None:
@@ -256,9 +254,9 @@ class AuthorsForm:
 
     def _assign(self, **setting: float) -> None:
         check_group({"rho": self.rho, "eta": self.eta, "adaptive": False, **setting})
-        self._lookbehind.defaults.update(setting)
+        self._lookbehind.defaults.update(self._keys.named(setting))
         for group in self.param_groups:
-            group.update(setting)
+            group.update(self._keys.named(setting))
 
 
 class StepState(Mapping):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 
 import torch
 from torch import Tensor
@@ -23,9 +23,12 @@ class PreviousGradients(Part):
         self.kept = kept
         self.params: Sequence[Tensor] = ()
 
-    def of_now(self) -> dict[Tensor, Tensor]:
-        """Those of parameters that are still trained, where these are now."""
-        return {p: g if g.device == p.device else g.to(p.device) for p, g in self.kept.items() if p.requires_grad}
+    def of_now(self, late: Container[int] = ()) -> dict[Tensor, Tensor]:
+        """Those of parameters that are still trained, where these are now. ``late``: identities of parameters that are
+        trained whether or not they require a gradient between two steps.
+        """
+        kept = {p: g for p, g in self.kept.items() if p.requires_grad or id(p) in late}
+        return {p: g if g.device == p.device else g.to(p.device) for p, g in kept.items()}
 
     @torch.no_grad()
     def commit(self) -> None:
