@@ -4,7 +4,7 @@ from .arguments import weight_scaling
 from .family import ASAM, SAM, MultistepSAM
 from .lookahead import Lookahead
 from .optimizer import Lookbehind
-from .parts.buffers import running_stats_at_slow
+from .parts.buffers import buffers_at_slow, running_stats_at_slow
 from .program import Evaluation
 from .schedules import LambdaSchedule
 
@@ -16,6 +16,7 @@ __all__ = [
     "Lookahead",
     "Lookbehind",
     "MultistepSAM",
+    "buffers_at_slow",
     "running_stats_at_slow",
     "weight_scaling",
 ]

@@ -256,7 +256,7 @@ def check_stats(model: nn.Module | None, ascent_gradient: str) -> None:
     """
     if model is not None and ascent_gradient == "previous":
         raise ValueError(
-            "running_stats_at_slow: expected None with ascent_gradient='previous', which evaluates nothing at the slow "
+            "buffers_at_slow: expected None with ascent_gradient='previous', which evaluates nothing at the slow "
             f"weights, got {type(model).__name__}"
         )
 

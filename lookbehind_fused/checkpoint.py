@@ -157,7 +157,7 @@ class Saved(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         self.require_closed("copying or pickling the optimizer")
-        kept = ("base_optimizer", "defaults", *self.SETTINGS, "grad_scale", "running_stats_at_slow", "backend")
+        kept = ("base_optimizer", "defaults", *self.SETTINGS, "grad_scale", "buffers_at_slow", "backend")
         return {**{name: self.__dict__[name] for name in kept}, "previous": self._previous.kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -88,8 +88,8 @@ class Loop(Saved):
         if self.grad_scale is not self._scale_checked:
             check_grad_scale(self.grad_scale)
             self._scale_checked = self.grad_scale
-        if self.running_stats_at_slow is not None:
-            check_stats(self.running_stats_at_slow, self.ascent_gradient)
+        if self.buffers_at_slow is not None:
+            check_stats(self.buffers_at_slow, self.ascent_gradient)
 
     def _prepare(self, reuse_gradient: bool, by_halves: bool = False) -> OpenStep:
         """A step that has not begun. Nothing that could not be prepared again is written."""
@@ -97,8 +97,8 @@ class Loop(Saved):
         program, settings, prepared = self._programs[reuse_gradient], self._settings, self._prepared
         prepared.for_step(program, settings, self.grad_scale, self.backend)
         parts: list[Part] = []
-        if self.running_stats_at_slow is not None:
-            parts.append(BuffersAtSlow(self.running_stats_at_slow))
+        if self.buffers_at_slow is not None:
+            parts.append(BuffersAtSlow(self.buffers_at_slow))
         if program.recalls:
             self._previous.params = prepared.tensors
             parts.append(self._previous)

@@ -99,8 +99,9 @@ class Lookbehind(Loop):
         grad_scale: what the loss was multiplied by before backward: a number > 0, or a tensor of one element, which is
             read where it is, at the start of a step. The descent and ``max_grad_norm`` see the gradient divided by it;
             the ascent is free of it.
-        running_stats_at_slow: the model, or None: BatchNorm's running statistics are those of the evaluations at the
-            slow weights; what perturbed ones have done to them is undone (``lookbehind_fused.running_stats_at_slow``).
+        buffers_at_slow: the model, or None: its buffers (BatchNorm's running statistics and whatever else a forward
+            pass changes) are those of the evaluations at the slow weights; what perturbed ones have done to them is
+            undone (``lookbehind_fused.buffers_at_slow``). ``running_stats_at_slow`` is the name that it had.
         backend: ``"auto"`` (the fastest that there is for the device), ``"native"`` (C++, for CPUs), ``"triton"`` (for
             GPUs), ``"cuda"`` (compiled, for CUDA GPUs) or ``"reference"`` (plain PyTorch).
         **base_kwargs: arguments of the class ``base_optimizer``. Where that has a rho or eta of its own (Adadelta,
@@ -136,7 +137,7 @@ class Lookbehind(Loop):
         max_grad_norm: float | None = None,
         nonfinite: str = "propagate",
         grad_scale: float | Tensor = 1.0,
-        running_stats_at_slow: nn.Module | None = None,
+        buffers_at_slow: nn.Module | None = None,
         backend: str = "auto",
         **base_kwargs: Any,
     ) -> None:
@@ -154,9 +155,14 @@ class Lookbehind(Loop):
         settings |= {name: getattr(self, name) for name in self.SETTINGS if name not in settings}
         self.check_settings(settings)
         check_grad_scale(grad_scale)
-        if running_stats_at_slow is not None:
-            check_model(running_stats_at_slow)
-        check_stats(running_stats_at_slow, ascent_gradient)
+        if "running_stats_at_slow" in base_kwargs:
+            old_name = base_kwargs.pop("running_stats_at_slow")
+            if buffers_at_slow is not None and old_name is not None:
+                raise TypeError("running_stats_at_slow: expected buffers_at_slow alone, which it is an old name of")
+            buffers_at_slow = old_name if buffers_at_slow is None else buffers_at_slow
+        if buffers_at_slow is not None:
+            check_model(buffers_at_slow)
+        check_stats(buffers_at_slow, ascent_gradient)
         kernels.resolve(backend)
         base = build_base(params, base_optimizer, base_kwargs)
         keys = Keys.of(base)
@@ -177,13 +183,22 @@ class Lookbehind(Loop):
                 "defaults": {**base.defaults, **defaults},
                 **settings,
                 "grad_scale": grad_scale,
-                "running_stats_at_slow": running_stats_at_slow,
+                "buffers_at_slow": buffers_at_slow,
                 "backend": backend,
             }
         )
 
     # GradScaler then says so when it calls step(), which raises: unscaled behind our back the gradients would be wrong.
     _step_supports_amp_scaling = True
+
+    @property
+    def running_stats_at_slow(self) -> nn.Module | None:
+        """An old name of ``buffers_at_slow``."""
+        return self.buffers_at_slow
+
+    @running_stats_at_slow.setter
+    def running_stats_at_slow(self, value: nn.Module | None) -> None:
+        self.buffers_at_slow = value
 
     # ---- one optimizer with its base ----
 

@@ -797,11 +797,11 @@ def test_a_base_of_its_own_step_in_several_buckets(backend: str, method: str, gr
             ValueError,
             "ascent_gradient: expected 'current' with",
         ),
-        ({"running_stats_at_slow": 1}, TypeError, "running_stats_at_slow: expected a torch.nn.Module, got 1"),
+        ({"buffers_at_slow": 1}, TypeError, "buffers_at_slow: expected a torch.nn.Module, got 1"),
         (
-            {"running_stats_at_slow": torch.nn.Linear(1, 1), "ascent_gradient": "previous"},
+            {"buffers_at_slow": torch.nn.Linear(1, 1), "ascent_gradient": "previous"},
             ValueError,
-            "running_stats_at_slow: expected None with ascent_gradient='previous'",
+            "buffers_at_slow: expected None with ascent_gradient='previous'",
         ),
     ],
 )

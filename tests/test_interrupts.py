@@ -95,7 +95,7 @@ class Subject:
         self.params = [nn.Parameter(values(*s, seed=n).to(dtype, copy=True)) for n, (dtype, s) in enumerate(shapes)]
         self.norm = nn.BatchNorm1d(3) if stats else nn.Identity()
         if stats:
-            options["running_stats_at_slow"] = self.norm
+            options["buffers_at_slow"] = self.norm
         self.optimizer = method(None, base(self.params, **settings), backend=backend, **options)
         self.at_call: list[Tensor] = []
         self.outer: Any = Lookahead(self.optimizer, k=2, backend=backend) if lookahead else self.optimizer

@@ -4,26 +4,35 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..open_step import Part
 from ..program import Evaluation
 
-Copies = list[tuple[Tensor, Tensor]]
+
+class Copy(NamedTuple):
+    """A buffer and its value: of which module, by which name, the tensor that it is, and a copy of that."""
+
+    module: nn.Module
+    name: str
+    buffer: Tensor | None
+    value: Tensor | None
 
 
 class BuffersAtSlow(Part):
-    """The buffers of every ``_BatchNorm`` in a model, classes derived from it included, are those that the evaluations
-    at the slow weights have left.
+    """All buffers of a model are those that the evaluations at the slow weights have left.
+
+    Buffers that a forward pass writes into are written back, those that it replaces are put back. One that it registers
+    stays. Takes a copy of all buffers.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.at_first: Copies = []
-        self.kept: Copies = []
+        self.at_first: list[Copy] = []
+        self.kept: list[Copy] = []
 
     def begin(self) -> None:
         """Copy the buffers as they are."""
@@ -45,32 +54,39 @@ class BuffersAtSlow(Part):
         _put_back(self.at_first)
 
     @torch.no_grad()
-    def _copies(self) -> Copies:
-        layers = [module for module in self.model.modules() if isinstance(module, _BatchNorm)]
-        return [(buffer, buffer.clone()) for layer in layers for buffer in layer.buffers(recurse=False)]
+    def _copies(self) -> list[Copy]:
+        return [
+            Copy(module, name, buffer, None if buffer is None else buffer.detach().clone())
+            for module in self.model.modules()
+            for name, buffer in module._buffers.items()
+        ]
 
 
 @torch.no_grad()
-def _put_back(copies: Copies) -> None:
-    for buffer, value in copies:
-        buffer.copy_(value)
+def _put_back(copies: list[Copy]) -> None:
+    for module, name, buffer, value in copies:
+        if name in module._buffers and module._buffers[name] is not buffer:
+            module._buffers[name] = buffer
+        if buffer is not None:
+            buffer.detach().copy_(value)
 
 
 @contextmanager
-def running_stats_at_slow(model: nn.Module) -> Iterator[None]:
-    """Within the block BatchNorm's running statistics may change; afterwards they are what they were before it,
-    whatever happens. For evaluations at perturbed weights, so that only those at the slow weights take part::
+def buffers_at_slow(model: nn.Module) -> Iterator[None]:
+    """Within the block the buffers of a model may change; afterwards they are what they were before it, whatever
+    happens. For evaluations at perturbed weights, so that only those at the slow weights take part in running
+    statistics, vectors of a spectral norm, counters, moving averages of codebooks::
 
         loss_fn(model(inputs), targets).backward()
         optimizer.first_step(zero_grad=True)
-        with running_stats_at_slow(model):
+        with buffers_at_slow(model):
             loss_fn(model(inputs), targets).backward()
         optimizer.second_step(zero_grad=True)
 
-    One block inside another does the same as one. ``Lookbehind(..., running_stats_at_slow=model)`` does it by itself.
+    One block inside another does the same as one. ``Lookbehind(..., buffers_at_slow=model)`` does it by itself.
 
     Args:
-        model: any module; the buffers of every ``_BatchNorm`` in it, also of classes derived from it, are put back.
+        model: any module; all its buffers are copied and put back.
 
     Raises:
         TypeError: ``model`` is not a module.
@@ -84,6 +100,10 @@ def running_stats_at_slow(model: nn.Module) -> Iterator[None]:
         buffers.rollback()
 
 
+running_stats_at_slow = buffers_at_slow
+"""The name that it had when it knew of BatchNorm alone."""
+
+
 def check_model(model: nn.Module) -> None:
     """Refuse anything but a module.
 
@@ -91,4 +111,4 @@ def check_model(model: nn.Module) -> None:
         TypeError: naming the argument, what was expected and what came.
     """
     if not isinstance(model, nn.Module):
-        raise TypeError(f"running_stats_at_slow: expected a torch.nn.Module, got {model!r}")
+        raise TypeError(f"buffers_at_slow: expected a torch.nn.Module, got {model!r}")

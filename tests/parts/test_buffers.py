@@ -1,4 +1,4 @@
-"""BatchNorm's running statistics: those of evaluations at the slow weights."""
+"""Buffers of the model: those of evaluations at the slow weights."""
 
 import copy
 from typing import Any
@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils.parametrizations import spectral_norm
 
-from lookbehind_fused import SAM, Lookbehind, running_stats_at_slow
+from lookbehind_fused import SAM, Lookbehind, buffers_at_slow, running_stats_at_slow
 from tests.conftest import assert_same_state
 
 
@@ -28,12 +29,30 @@ class OwnNorm(_BatchNorm):
         return nn.functional.batch_norm(x, None, None, self.weight, self.bias, training=True)
 
 
+class Renewed(nn.Module):
+    """Custom code: buffers that a forward pass replaces by new tensors, fills for the first time, or counts with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(3))
+        self.register_buffer("codes", None)
+        self.register_buffer("step", torch.zeros((), dtype=torch.int64), persistent=False)
+        self.weight = nn.Parameter(torch.ones(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.mean = 0.9 * self.mean + 0.1 * x.detach().mean(0)
+        self.codes = x.detach()[:2] if self.codes is None else 0.5 * (self.codes + x.detach()[:2])
+        self.step.add_(1)
+        return (x - self.mean.to(x)) * self.weight + self.codes.mean()
+
+
 def network() -> nn.Module:
     torch.manual_seed(1)
     cumulative = nn.BatchNorm2d(4, momentum=None)
     return nn.Sequential(
         *(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3), cumulative, nn.ReLU()),
         *(nn.Conv2d(4, 4, 3), OwnNorm(4), nn.Flatten(), nn.LazyLinear(3)),
+        *(spectral_norm(nn.Linear(3, 3)), Renewed()),
     ).double()
 
 
@@ -46,7 +65,7 @@ def loss(model: nn.Module, inputs: Tensor = INPUTS) -> Tensor:
 
 def make(model: nn.Module, backend: str, **settings: Any) -> Lookbehind:
     loss(model)  # the lazy layer
-    settings = {"rho": 0.1, "k": 3, "running_stats_at_slow": model, **settings}
+    settings = {"rho": 0.1, "k": 3, "buffers_at_slow": model, **settings}
     return Lookbehind(model.parameters(), torch.optim.SGD, lr=0.1, momentum=0.9, backend=backend, **settings)
 
 
@@ -84,7 +103,7 @@ def test_only_evaluations_at_the_slow_weights_take_part(backend: str, form: str,
 
 def test_without_it_they_take_part_k_plus_1_times(backend: str) -> None:
     model = network()
-    optimizer = make(model, backend, running_stats_at_slow=None)
+    optimizer = make(model, backend, buffers_at_slow=None)
     before = int(model[1].num_batches_tracked)
     for _ in optimizer.evaluations():
         loss(model).backward()
@@ -112,31 +131,31 @@ def test_the_block_by_itself() -> None:
     model = network()
     loss(model)
     before = copy.deepcopy(model.state_dict())
-    with running_stats_at_slow(model):
+    with buffers_at_slow(model):
         loss(model)
-        with running_stats_at_slow(model):
+        with buffers_at_slow(model):
             loss(model)
     assert_same_state(dict(model.state_dict()), dict(before))
 
     def fail() -> None:
-        with running_stats_at_slow(model):
+        with buffers_at_slow(model):
             loss(model)
             raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
         fail()
     assert_same_state(dict(model.state_dict()), dict(before))
-    with running_stats_at_slow(nn.Linear(2, 2)):
+    with buffers_at_slow(nn.Linear(2, 2)):
         pass
-    with pytest.raises(TypeError, match="^running_stats_at_slow: expected a torch.nn.Module, got None"):
-        running_stats_at_slow(None).__enter__()
+    with pytest.raises(TypeError, match="^buffers_at_slow: expected a torch.nn.Module, got None"):
+        buffers_at_slow(None).__enter__()
 
 
 def test_copies_have_the_copied_model(backend: str) -> None:
     model = network()
     optimizer = make(model, backend)
     other, second = copy.deepcopy((model, optimizer))
-    assert second.running_stats_at_slow is other
+    assert second.buffers_at_slow is other
     for m, o in ((model, optimizer), (other, second)):
         for _ in o.evaluations():
             loss(m).backward()
@@ -146,7 +165,7 @@ def test_copies_have_the_copied_model(backend: str) -> None:
 def test_sam_takes_it_too(backend: str) -> None:
     model = network()
     loss(model)
-    optimizer = SAM(model.parameters(), torch.optim.SGD, lr=0.1, running_stats_at_slow=model, backend=backend)
+    optimizer = SAM(model.parameters(), torch.optim.SGD, lr=0.1, buffers_at_slow=model, backend=backend)
     expected = copy.deepcopy(model)
     loss(expected)
     loss(model).backward()
@@ -154,3 +173,17 @@ def test_sam_takes_it_too(backend: str) -> None:
     loss(model).backward()
     optimizer.second_step()
     assert_same_state(dict(model.named_buffers()), dict(expected.named_buffers()))
+
+
+def test_the_old_name(backend: str) -> None:
+    """Of the argument, the attribute and the block."""
+    model = network()
+    optimizer = make(model, backend, buffers_at_slow=None, running_stats_at_slow=model)
+    assert optimizer.buffers_at_slow is optimizer.running_stats_at_slow is model
+    optimizer.running_stats_at_slow = None
+    assert optimizer.buffers_at_slow is None
+    assert running_stats_at_slow is buffers_at_slow
+    with pytest.raises(TypeError, match="^running_stats_at_slow: expected buffers_at_slow alone"):
+        make(model, backend, running_stats_at_slow=model)
+    with pytest.raises(TypeError, match="^buffers_at_slow: expected a torch.nn.Module"):
+        make(model, backend, buffers_at_slow=None, running_stats_at_slow=3)
