@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lookbehind_fused import Lookbehind
 from tests.algorithm1 import Formulas, Gradients, TorchBase, adam, adamw, algorithm1, sgd
 from tests.conftest import LOW_PRECISION, Duel, assert_close, assert_equal, assert_same_state, dense, drive
+from tests.twin import BASES
 
 TOLERANCE = 1e-12
 
@@ -757,3 +758,26 @@ def test_a_model_in_low_precision_follows_float64(backend: str, dtype: torch.dty
         losses.append([optimizer.step(closure).item() for _ in range(10)])
     assert losses[0][-1] < 0.8 * losses[0][0]
     assert losses[1] == pytest.approx(losses[0], rel=4 * torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_a_processor_that_takes_denormals_for_zero(backend: str, base: str) -> None:
+    """float16's subnormal numbers, as weights and as gradients, count for what they are: in float32, in which is
+    computed, they are normal. (Denormals of float32 and bfloat16 are then 0, as for torch.)
+    """
+    numbers, (make, settings) = torch.arange(-1024, 1025).double() * 2.0**-24, BASES[base]
+    results = []
+    for flushes in (False, True):
+        weights, others = nn.Parameter(numbers.half()), nn.Parameter(torch.zeros(len(numbers), dtype=torch.float16))
+        optimizer = Lookbehind([weights, others], make, k=2, alpha=1.0, rho=1e-3, backend=backend, **settings)
+        assert torch.set_flush_denormal(flushes)
+        try:
+            for _ in optimizer.evaluations():
+                weights.grad, others.grad = torch.zeros_like(weights), weights.detach().clone()
+        finally:
+            torch.set_flush_denormal(False)
+        results.append([weights.detach(), others.detach()])
+    assert float(results[0][1].abs().max()) > 2.0**-17
+    if base in ("SGD", "momentum"):
+        assert float(results[0][0].abs().max()) > 2.0**-17
+    assert_same_state(*results)
