@@ -70,7 +70,7 @@ def sharpness(
     params = _trainable(model)
     bar = _bar(progress, "sharpness")
     with _left_as_it_was(model) as kept:
-        rises, examples = torch.zeros(len(radii), dtype=torch.float64), 0
+        rises, examples = torch.zeros(len(radii), dtype=torch.float64, device="cpu"), 0
         for inputs, targets in bar(_pairs(model, loader), loader):
             size = len(inputs) if m is None else m
             if len(inputs) % size:
@@ -130,7 +130,7 @@ def noise_robustness(
     bar = _bar(progress, "noise robustness")
     generator = torch.Generator().manual_seed(seed)
     with _left_as_it_was(model) as kept, torch.no_grad():
-        accuracy = torch.zeros(len(levels), samples, dtype=torch.float64)
+        accuracy = torch.zeros(len(levels), samples, dtype=torch.float64, device="cpu")
         runs = [(sample, i) for sample in range(samples) for i in range(len(levels))]
         for sample, i in bar(runs, runs):
             if i == 0:
@@ -179,7 +179,7 @@ def gradient_alignment(
     params = _trainable(model)
     bar = _bar(progress, "gradient alignment")
     with _left_as_it_was(model) as kept:
-        total, batches = torch.zeros(k + 1, k + 1, dtype=torch.float64), 0
+        total, batches = torch.zeros(k + 1, k + 1, dtype=torch.float64, device="cpu"), 0
         for inputs, targets in bar(_pairs(model, loader), loader):
             perturbed = _vectors(kept[p] for p in params)
             _, grads = _loss_and_gradients(model, loss_fn, params, inputs, targets)
@@ -303,8 +303,8 @@ def _ascend(
     """
     reached = [(p, g, w) for p, g, w in zip(params, grads, perturbed, strict=True) if g is not None]
     tables = [tensor_table([p], [0], [0]) for p, _, _ in reached]
-    hyper = torch.tensor([[rho, eta]], dtype=torch.float64)
-    sq_norms = torch.zeros(len(reached), 2, dtype=torch.float64)
+    hyper = torch.tensor([[rho, eta]], dtype=torch.float64, device="cpu")
+    sq_norms = torch.zeros(len(reached), 2, dtype=torch.float64, device="cpu")
     flags = Flag.ADAPTIVE * adaptive
     for row, ((p, g, w), table) in enumerate(zip(reached, tables, strict=True)):
         reference.reduce_sq_norm([p], [g], w, table, hyper, flags, sq_norms, row)
@@ -315,7 +315,7 @@ def _ascend(
 
 def _cosines(params: Sequence[Tensor], gradients: Sequence[reference.Gradients]) -> Tensor:
     """Between n gradients, each a tensor for every parameter: float64 of shape (n, n)."""
-    products = torch.zeros(len(gradients), len(gradients), dtype=torch.float64)
+    products = torch.zeros(len(gradients), len(gradients), dtype=torch.float64, device="cpu")
     for p, *of_tensor in zip(params, *gradients, strict=True):
         if p.numel():
             x = torch.stack([(torch.zeros_like(p) if g is None else g).double().flatten() for g in of_tensor])
@@ -330,7 +330,7 @@ def _cosines(params: Sequence[Tensor], gradients: Sequence[reference.Gradients])
 
 def _normal(p: Tensor, generator: torch.Generator) -> Tensor:
     """Drawn on the CPU: the same on every device."""
-    return torch.randn(p.shape, generator=generator, dtype=_arithmetic(p)).to(p.device)
+    return torch.randn(p.shape, generator=generator, dtype=_arithmetic(p), device="cpu").to(p.device)
 
 
 def estimate_statistics(model: nn.Module, loader: Batches) -> None:

@@ -127,4 +127,4 @@ def tensor_table(params: Sequence[Tensor], starts: Sequence[int], groups: Sequen
         pad = dim - p.dim()
         sizes, strides = [*[1] * pad, *p.shape], [*[0] * pad, *p.stride()]
         rows.append([row, start, p.numel(), group, p.data_ptr(), *sizes, *strides])
-    return torch.tensor(rows, dtype=torch.int64).view(len(rows), Column.SIZES + 2 * dim)
+    return torch.tensor(rows, dtype=torch.int64, device="cpu").view(len(rows), Column.SIZES + 2 * dim)
