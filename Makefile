@@ -15,7 +15,7 @@ CXX    ?= g++
 
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
-.PHONY: help setup train compare test test-all bench gpu-check sanitize dist-check check format clean
+.PHONY: help setup train compare test test-all fuzz bench gpu-check sanitize dist-check check format clean
 
 # An interpreter that was asked for by name must be the one in .venv; otherwise any that .venv has will do.
 VERSION := import sys; print("%d.%d" % sys.version_info[:2])
@@ -36,7 +36,7 @@ setup: $(READY)  ## make .venv and install everything into it (the second time t
 	@echo "$(VENV) is ready"
 
 # Threads that wait are to sleep: where other programs share the cores, spinning ones cost ten times the time.
-train compare test test-all: export OMP_WAIT_POLICY ?= PASSIVE
+train compare test test-all fuzz: export OMP_WAIT_POLICY ?= PASSIVE
 
 train: $(READY)  ## run the main job; ARGS="--help" lists its options
 	@$(PY) -m benchmarks.train $(ARGS)
@@ -49,6 +49,9 @@ test: $(READY)  ## run what a change needs: of large tables a sample, another on
 
 test-all: $(READY)  ## run every test: 45 CPU minutes
 	@$(PY) -m pytest -n auto --dist loadgroup --all $(ARGS)
+
+fuzz: $(READY)  ## ten thousand random walks over the interface: 15 CPU minutes; ARGS="--first N" takes others
+	@$(PY) -m tests.fuzz $(ARGS)
 
 bench: $(READY)  ## measure against the reference loops and print the bounds; ARGS="--help" lists its options
 	@$(PY) -m benchmarks.bench $(ARGS)
