@@ -51,7 +51,7 @@ class Prepared:
         """Bring everything up to date.
 
         Raises:
-            RuntimeError: a parameter was replaced by one of another shape, dtype or device, or none is trained.
+            RuntimeError: a parameter was given another shape, or none is trained.
             TypeError, ValueError: a group's settings, a parameter, the base's state or the backend is not acceptable.
         """
         hooks = self.base._optimizer_step_pre_hooks, self.base._optimizer_step_post_hooks
@@ -93,7 +93,7 @@ class Prepared:
             for name in (*self.keys, *self.rule.reads):
                 group.setdefault(name, self.defaults[name])
             check_group(group, f"param_groups[{number}]", self.keys)
-        self._require_same_layouts()
+        self._require_same_shapes()
         params, names = params_and_names(groups)
         check_parameters(params, names)
         members = self._members(names)
@@ -110,11 +110,12 @@ class Prepared:
             groups, self.rule, self.keys, self.untrained
         )  # last: what an interrupt leaves half done is done again
 
-    def _require_same_layouts(self) -> None:
+    def _require_same_shapes(self) -> None:
+        """What was given another dtype or device goes on there, with the state that it has, as with torch.optim."""
         of_now = {*map(id, tensors_of(self.base.param_groups))}
         for bucket in self.buckets:
             for p, name, before in zip(bucket.params, bucket.names, bucket.layouts, strict=True):
-                if id(p) in of_now and layout(p)[:3] != before[:3]:
+                if id(p) in of_now and p.shape != before[0]:
                     raise RuntimeError(
                         f"{name} was replaced between two steps: expected {describe(*before[:3])}, got "
                         f"{describe(*layout(p)[:3])}; build a new optimizer for the changed model"

@@ -48,6 +48,7 @@ def main() -> int:
             "a step never waits for the device": no_synchronisation,
             "a captured step replays as it ran": graph_capture,
             "launches per gradient evaluation": launches,
+            "gradients that are lazy views, or far from the moments": gradients,
         }.items():
             check(f"{backend}: {what}", lambda action=action, backend=backend: action(backend))
     if not BACKENDS_BY_NAME["cuda"].why_not():
@@ -191,6 +192,14 @@ def same_bits(backend: str) -> str:
     if not all(torch.equal(run, runs[0]) for run in runs):
         raise AssertionError("five runs differ")
     return "5 runs"
+
+
+def gradients(backend: str) -> str:
+    from tests.kernels.gradients import far_apart, lazy_views
+
+    lazy_views(backend, "cuda")
+    far_apart(backend, "cuda")
+    return "negated, conjugate; beta1 of 0, 0.25, 0.5, 0.9"
 
 
 def sanitized() -> str:

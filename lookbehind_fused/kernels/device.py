@@ -81,6 +81,8 @@ class Plan:
         grads = list(grads)
         if len(grads) != len(params):
             raise RuntimeError(f"grads: expected {len(params)}, one for each of params, got {len(grads)}")
+        if any(map(Tensor.is_neg, grads)):  # negated views, whose memory has the other sign
+            grads = [*map(Tensor.resolve_neg, grads)]
         if [*map(Tensor.stride, grads)] != self.strides:
             for i, (g, p) in enumerate(zip(grads, params, strict=True)):
                 if g.shape != p.shape:

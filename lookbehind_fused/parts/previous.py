@@ -24,11 +24,13 @@ class PreviousGradients(Part):
         self.params: Sequence[Tensor] = ()
 
     def of_now(self, late: Container[int] = ()) -> dict[Tensor, Tensor]:
-        """Those of parameters that are still trained, where these are now. ``late``: identities of parameters that are
-        trained whether or not they require a gradient between two steps.
+        """Those of parameters that are still trained, where and in which dtype these are now.
+
+        Args:
+            late: identities of parameters that are trained whether or not they require a gradient between two steps.
         """
         kept = {p: g for p, g in self.kept.items() if p.requires_grad or id(p) in late}
-        return {p: g if g.device == p.device else g.to(p.device) for p, g in kept.items()}
+        return {p: g.to(p.device, p.dtype) for p, g in kept.items()}
 
     @torch.no_grad()
     def commit(self) -> None:
