@@ -157,7 +157,7 @@ class Lookbehind(Loop):
         check_grad_scale(grad_scale)
         if "running_stats_at_slow" in base_kwargs:
             old_name = base_kwargs.pop("running_stats_at_slow")
-            if buffers_at_slow is not None and old_name is not None:
+            if None not in (buffers_at_slow, old_name):
                 raise TypeError("running_stats_at_slow: expected buffers_at_slow alone, which it is an old name of")
             buffers_at_slow = old_name if buffers_at_slow is None else buffers_at_slow
         if buffers_at_slow is not None:
@@ -165,8 +165,7 @@ class Lookbehind(Loop):
         check_stats(buffers_at_slow, ascent_gradient)
         kernels.resolve(backend)
         base = build_base(params, base_optimizer, base_kwargs)
-        keys = Keys.of(base)
-        own = own_by_key(keys, own, by_key, type(base).__name__)
+        own = own_by_key(keys := Keys.of(base), own, by_key, type(base).__name__)
         defaults = {**keys.named(self.GROUP), **own}
         check_group(defaults, keys=keys)
         check_parameters(*params_and_names(base.param_groups))
