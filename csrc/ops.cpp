@@ -413,8 +413,13 @@ std::vector<double> run_descent(Pass pass, Work& work, const Descent& d, const s
   float* steps = numbers_of<float>("steps", d.steps, work.row_count);
   const float* steps_from = d.steps_from ? numbers_of<float>("steps_from", *d.steps_from, work.row_count) : steps;
   const SqNorms norms = norms_of(d.sq_norms);
-  const bool descends = moves(norms, d.flags);
-  if (!descends) pass_through(work);
+  const bool descends = moves(norms, d.flags), last = pass == Pass::descend_interpolate || pass == Pass::descend_align;
+  if (!descends && last) {  // the step does not take place: its weights are the slow ones, its state stays
+    work.fast_from = work.first = work.slow;
+    work.states = 0;
+  } else if (!descends) {
+    pass_through(work);
+  }
   std::vector<double> sums;
   with_compute_type(work.dtype, [&](auto zero) {
     using T = decltype(zero);
@@ -432,7 +437,8 @@ std::vector<double> run_descent(Pass pass, Work& work, const Descent& d, const s
     if (!descends && pass == Pass::descend_ascend) variant.pass = Pass::descend;
     sums = run<T>(variant, work, numbers, pieces, pass == Pass::descend_align ? 3 : 0);
   });
-  for (int64_t t = 0; t < work.count; ++t) steps[work.rows[t].row] = steps_from[work.rows[t].row] + descends;
+  for (int64_t t = 0; t < work.count && (descends || !last); ++t)
+    steps[work.rows[t].row] = steps_from[work.rows[t].row] + descends;
   return sums;
 }
 

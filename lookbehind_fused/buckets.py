@@ -126,6 +126,7 @@ class Bucket:
             rounded=self.dtype in ROUNDED,
             adaptive=settings.alpha == "adaptive",
             needs_norms=settings.descents_need_norms,
+            skips=settings.skips,
             alone=alone,
         )
         key = program, traits, flags, norms  # norms are compared by identity

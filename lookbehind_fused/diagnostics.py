@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .arguments import Settings
 from .kernels.contract import Hyper
-from .kernels.reference import adaptive_alpha, finite, total_norm
+from .kernels.reference import adaptive_alpha, total_norm
 from .open_step import OpenStep
 
 
@@ -17,15 +17,18 @@ def figures(step: OpenStep, settings: Settings, tensors: int, grad_scale: float 
     Args:
         tensors: how many parameters the optimizer has. grad_scale: what gradients are divided by.
     """
-    bucket, program = step.buckets[0], step.program
+    bucket = step.buckets[0]
     squares = step.norms.squares[bucket.device]
     grad_norm = total_norm(squares[0], 1)
     if isinstance(grad_scale, Tensor) or grad_scale != 1:
         grad_norm = grad_norm * bucket.hyper[0, Hyper.UNSCALE].to(bucket.device, non_blocking=True)
-    skipped = torch.zeros((), dtype=torch.int64, device=bucket.device)
-    if settings.skips:  # a recalled gradient was counted in its own step
-        skipped = (~finite(torch.stack(squares[int(program.recalls) : len(program.evaluations)]))).sum()
-    return {"grad_norm": grad_norm, "alpha": _alpha(step, settings, tensors), "skipped": skipped}
+    skipped = torch.full((), int(step.broken), dtype=torch.int64, device=bucket.device)
+    if step.skips and not step.judged_here:
+        skipped = (~step.happens()).long()
+    alpha = _alpha(step, settings, tensors)
+    if step.skips and settings.alpha == "adaptive":
+        alpha = torch.where(skipped == 0, alpha, torch.nan)
+    return {"grad_norm": grad_norm, "alpha": alpha, "skipped": skipped}
 
 
 def _alpha(step: OpenStep, settings: Settings, tensors: int) -> Tensor:

@@ -41,7 +41,7 @@ class Lookahead(Optimizer):
         with optimizer.slow_weights():
             evaluate(model)
 
-    A step that moves nothing since its gradients are not finite does not count: with ``nonfinite="skip"`` of
+    A step that moves nothing since its gradients are not finite does not count: on GPUs with ``nonfinite="skip"`` of
     ``Lookbehind``, and under a ``GradScaler`` with ``fused`` optimizers, each step therefore waits for the device.
 
     Every other form of a step that ``Lookbehind`` and the methods of its family have (``evaluations()``,
@@ -332,10 +332,9 @@ class LookaheadPart(Part):
         self.lookahead.begin_step()
 
     def commit(self) -> None:
-        """The k-th step moves the slow weights; one that was skipped does not count."""
+        """The k-th step moves the slow weights; one that does not happen does not count, for which it waits."""
         self.commits += 1
-        step = getattr(self.lookahead.optimizer, "_open", None)
-        if step is None or not step.skipped():
+        if self.happens is None or bool(self.happens):
             self.lookahead.end_step(self.inner_step, again=self.commits > 1)
 
 

@@ -146,6 +146,8 @@ class Loop(Saved):
                         self._take_in(step)
                     with torch.no_grad():
                         step.use() if uses else step.applied(evaluation)
+                    if step.broken and uses:  # what remains could change nothing
+                        break
                 with torch.no_grad():
                     step.commit()
                 self._closed(step)
@@ -223,6 +225,11 @@ class Loop(Saved):
     def _closed(self, step: OpenStep) -> None:
         """A step has been undone or completed."""
         self._last, step.parts, step.own_step = None, (), None  # some refer to what refers to this optimizer
+        if step.broken or (step.skips and not step.judged_here):  # gradients that are not finite are nobody's
+            for p in self._prepared.tensors:
+                p.grad = None
+        if step.broken:
+            self._last = step, self._settings, self.grad_scale
         if step.phase == DONE:
             if step.published:
                 self._prepared.see_state()

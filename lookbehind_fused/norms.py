@@ -22,13 +22,19 @@ class Norms:
     def __init__(self, devices: Sequence[torch.device], slots: int) -> None:
         self.devices, self.slots = devices, slots
         shape = (slots, len(devices), 2)
-        self.squares = {d: torch.zeros(shape, dtype=torch.float64, device=d).unbind() for d in set(devices)}
+        self._all = {d: torch.zeros(shape, dtype=torch.float64, device=d) for d in set(devices)}
+        self.squares = {device: squares.unbind() for device, squares in self._all.items()}
         self.sums = {d: torch.zeros(shape[1], 3, dtype=torch.float64, device=d) for d in set(devices)}
 
     def share_squares(self, slot: int) -> None:
         """Give every device every bucket's sums of squares of a slot."""
         if len(self.sums) > 1:
             self._share({device: squares[slot] for device, squares in self.squares.items()})
+
+    def judge(self, slot: int, first: int, end: int) -> None:
+        """Let a slot's norm be finite only if those of the slots from ``first`` on, up to ``end``, are."""
+        for squares in self._all.values():
+            squares[slot].add_(squares[first:end].sum(0), alpha=0)
 
     def share_sums(self) -> None:
         """Give every device every bucket's alignment sums."""

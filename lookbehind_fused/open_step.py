@@ -29,7 +29,14 @@ Gathered = list[tuple[list, Sequence[Any]]]
 
 
 class Part:
-    """Whoever has something to put back. Each verb may be called again after an interrupt."""
+    """Whoever has something to put back. Each verb may be called again after an interrupt.
+
+    Attributes:
+        happens: None, or on the device, 0-dim bool, whether the step that is committed happens: one that does not is to
+            leave what was there before it (``nonfinite="skip"``).
+    """
+
+    happens: Tensor | None = None
 
     def begin(self) -> None:
         """The step begins; may refuse it, in which case it writes nothing."""
@@ -64,6 +71,10 @@ class OpenStep:
         self.position = int(program.recalls)  # of the evaluation that is due
         self.final: tuple[int, Gathered] | None = None  # the first of the last calls, while they run, and its gradients
         self.published = False  # whether state has appeared in the base's
+        self.skips = bool(buckets and buckets[0].flags & Flag.SKIPS)
+        # Whether the host knows of a gradient that is not finite without a wait; and whether there was one, if it does.
+        self.judged_here = self.skips and (own_step is not None or all(b.device.type == "cpu" for b in buckets))
+        self.broken = False
 
     @property
     def due(self) -> Evaluation:
@@ -124,6 +135,9 @@ class OpenStep:
         for part in self.parts:
             part.use(evaluation)
         self.position += 1
+        if self.judged_here and not self.broken:
+            norms = self.norms.squares[self.buckets[0].device][evaluation.index]
+            self.broken = not (finite(norms) and (not evaluation.closes or self.happens()))
 
     def apply(self, evaluation: Evaluation) -> None:
         """As ``use``, in a form that compiles: all gradients have to be there, and only tensors are written."""
@@ -156,6 +170,8 @@ class OpenStep:
         for part in self.parts:
             part.use(evaluation)
         self.position += 1
+        if self.judged_here and evaluation.closes:
+            self.broken = not bool(self.happens())
 
     def _run(self, index: int, gathered: Gathered) -> None:
         """Every bucket finishes a call before any begins the next."""
@@ -187,11 +203,20 @@ class OpenStep:
             self.own_step.run(call, [grads for _, grads in gathered], self.buckets)
         elif call.op == "share_squares":
             self.norms.share_squares(call.slot)
+        elif call.op == "judge":
+            self.norms.judge(call.slot, int(self.program.recalls), len(self.program.evaluations))
         else:
             self.norms.share_sums()
 
     def commit(self) -> None:
-        """All calls have run: the step happens."""
+        """All calls have run: the step happens, or, where gradients are not finite and so it was asked for, not."""
+        if self.broken:
+            self.phase = OPEN
+            self.settle()
+            return
+        verdict = self.happens() if self.skips and not self.judged_here else None
+        for part in self.parts:
+            part.happens = verdict
         for bucket in self.buckets:
             self.published |= bucket.commit()
         for part in self.parts:
@@ -233,15 +258,11 @@ class OpenStep:
 
     # ---- what others may see ----
 
-    def skipped(self) -> bool:
-        """Whether no descent has taken place, for want of a finite gradient. With "skip" it waits for the device."""
+    def happens(self) -> Tensor:
+        """Of a step that skips, after its last evaluation: 0-dim bool, on the device, whether gradients were finite."""
         bucket = self.buckets[0]
-        if not bucket.flags & Flag.SKIPS:
-            return False
-        calls = [call for of_one in bucket.calls for call in of_one if not call.gathers]
-        slots = {call.slot for call in calls if call.op == "own_step" or call.op.startswith("descend")}
-        squares = self.norms.squares[bucket.device]
-        return not finite(torch.stack([squares[slot] for slot in slots])).any()
+        slot = next(call.slot for call in bucket.calls[-1] if call.op == "judge")
+        return finite(self.norms.squares[bucket.device][slot])
 
     def slow_weights(self) -> dict[Tensor, Tensor]:
         """Of each tensor that has been moved its slow weights: views of the buckets' memory."""

@@ -91,11 +91,11 @@ class Lookbehind(Loop):
         max_grad_norm: the descent multiplies its gradient by ``min(1, max_grad_norm / (||g||_2 + 1e-6))``, the norm
             running over all parameters (as ``torch.nn.utils.clip_grad_norm_``); None does not clip. The ascent has no
             use for it.
-        nonfinite: ``"propagate"``, or ``"skip"``: where the norm of a gradient is inf or NaN, the descent and the
-            ascent of that evaluation move nothing, neither weights nor state; ``diagnostics["skipped"]`` counts them.
-            With microbatches it counts as 0 in the mean, and the descent goes on with that.
-            It is decided where the tensors are, without a wait (but for base optimizers that run their own step), and
-            costs a pass over the gradients at evaluation k and a buffer of fast weights for k = 2.
+        nonfinite: ``"propagate"``, or ``"skip"``: where the norm of a gradient is inf or NaN at any evaluation, the
+            whole outer step is undone: weights, the base's state, ``buffers_at_slow``, ``Lookahead``'s count. ``.grad``
+            is then None and ``diagnostics["skipped"]`` 1. On CPUs, and for bases that run their own step, the
+            evaluations that remain are not run. On GPUs it is decided without a wait, and ``.grad`` is None after every
+            step. Costs a pass over the gradients at evaluation k and, for k = 2, a buffer of fast weights.
         grad_scale: what the loss was multiplied by before backward: a number > 0, or a tensor of one element, which is
             read where it is, at the start of a step. The descent and ``max_grad_norm`` see the gradient divided by it;
             the ascent is free of it.
@@ -430,10 +430,10 @@ class Lookbehind(Loop):
 
         ``grad_norm``: 0-dim float64, the L2 norm of the gradient of evaluation 0, over all parameters, divided by
         ``grad_scale``: at the slow weights; with microbatches that of the first; with ``ascent_gradient="previous"``
-        that of the gradient which the step ascended with first, 0 if there was none. ``skipped``: 0-dim int64, how many
-        evaluations of the step were skipped (``nonfinite``). ``alpha``: 0-dim float64, the slow step size; with an
-        adaptive alpha of scope "tensor" of shape (parameters,), in the order of the parameter groups, NaN for a
-        parameter that took no part. Empty if there was no step or it was abandoned.
+        that of the gradient which the step ascended with first, 0 if there was none. ``skipped``: 0-dim int64, 1 if the
+        step was undone (``nonfinite``), else 0. ``alpha``: 0-dim float64, the slow step size; with an adaptive alpha of
+        scope "tensor" of shape (parameters,), in the order of the parameter groups, NaN for a parameter that took no
+        part; an adaptive one is NaN where the step was undone. Empty if there was no step or it was abandoned.
         """
         if self._last is None:
             return {}

@@ -211,7 +211,7 @@ class Traits(NamedTuple):
         own_step: the base optimizer runs its own ``step()``.
         rounded: the parameters are of 16 bits, the rounded image of ``perturbed``.
         adaptive: alpha is adaptive.
-        needs_norms: descents clip or skip.
+        needs_norms: descents clip or skip. skips: a gradient that is not finite undoes the step.
         alone: there is one bucket, so that a pass that ascends finds the norm itself.
     """
 
@@ -221,6 +221,7 @@ class Traits(NamedTuple):
     rounded: bool
     adaptive: bool
     needs_norms: bool
+    skips: bool
     alone: bool
 
 
@@ -230,7 +231,7 @@ class Call(NamedTuple):
     Attributes:
         op: a pass of ``kernels.schema``; "copy" (of the whole buffer ``source`` to ``target``), "keep" (the weights, in
             ``slow`` and ``perturbed``) and "load" (the weights, from ``slow``); or, between buckets, "share_squares",
-            "share_sums", "own_step".
+            "share_sums", "judge" (are all gradients of the step finite?), "own_step".
         mean: "" for the evaluation's own gradient, or the name of the mean in its place.
         slot: of the gradient's norm. fills: the pass is to find that norm first.
         buffers: by argument, the name of the buffer, or of those, that the pass reads or writes there.
@@ -255,7 +256,7 @@ Calls = tuple[tuple[Call, ...], ...]
 """For each evaluation those that follow it."""
 
 KEPT, DESCENDED = range(2)  # cells of Bucket.done
-BETWEEN = ("share_squares", "share_sums", "own_step")
+BETWEEN = ("share_squares", "share_sums", "judge", "own_step")
 
 
 def working(name: str) -> str:
@@ -316,6 +317,8 @@ class _Lowering:
             where = self.perturbed if self.evaluation.perturbed else {}
             self.calls.append(Call("reduce_sq_norm", mean, slot, buffers=where))
             self._share(Call("share_squares", slot=slot))
+        if self.traits.skips and self.descents == self.program.descents:
+            self.calls.append(Call("judge", slot=slot))
         return False
 
     def _share(self, call: Call) -> None:

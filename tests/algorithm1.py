@@ -13,6 +13,7 @@ The second gradient of inner step i and the first gradient of inner step i + 1 a
 ``reuse=True`` the latter is not evaluated again, and that is the whole difference between 2k and k + 1 evaluations.
 """
 
+import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -38,7 +39,7 @@ class Outcome:
     evaluations: int
     """How many gradients were evaluated."""
     skipped: int
-    """How many evaluations moved nothing since their gradient was not finite."""
+    """1 if the step was undone for a gradient that is not finite, else 0."""
     displacement: float
     """The shorter of ||fast_1 - slow|| and ||fast_k - slow|| (zero ones left out): how well alpha is conditioned."""
 
@@ -62,8 +63,9 @@ def algorithm1(
 ) -> Outcome:
     """One outer step from ``params``; ``rho``, ``adaptive`` and ``eta`` may be lists with a value for each tensor.
 
-    ``nonfinite="skip"``: neither ascent nor descent uses a gradient that is not finite. ``grad_scale``: gradients are
-    so many times what they should be.
+    ``nonfinite="skip"``: a gradient that is not finite, at any evaluation, undoes the step: weights and the memory of
+    ``base`` are as before, what remains is not evaluated, an adaptive alpha is NaN. ``grad_scale``: gradients are so
+    many times what they should be.
 
     ``gradient(points, index)`` is evaluation ``index`` (0-based) at ``points``, which have the dtypes of ``params``.
     ``base(fast, gradients)`` is one step of the base optimizer, with its own memory: ``Formulas`` or ``TorchBase``.
@@ -73,49 +75,58 @@ def algorithm1(
     rho, adaptive, eta = (each(value, len(params)) for value in (rho, adaptive, eta))
     working = [arithmetic or (torch.float32 if p.dtype in (torch.bfloat16, torch.float16) else p.dtype) for p in params]
     maximize = each(getattr(base, "maximize", False), len(params))
-    evaluations = skipped = 0
+    evaluations = 0
+    memory = copy.deepcopy(base) if nonfinite == "skip" else None
 
-    def usable(g: Gradients) -> bool:
-        return nonfinite == "propagate" or math.isfinite(norm(g))
+    class Broken(Exception):
+        pass
 
     def evaluate(perturbed: list[Tensor]) -> Gradients:
-        nonlocal evaluations, skipped
+        nonlocal evaluations
         live = [w.to(p.dtype) for w, p in zip(perturbed, params, strict=True)]
         gradients = gradient(live, evaluations)
         evaluations += 1
         g = [None if g is None else g.to(dtype) / grad_scale for g, dtype in zip(gradients, working, strict=True)]
-        skipped += not usable(g)
+        if evaluations == 1:
+            lengths.append(norm(g))
+        if nonfinite == "skip" and not math.isfinite(norm(g)):
+            raise Broken
         return g
 
     slow = [p.detach().to(dtype, copy=True) for p, dtype in zip(params, working, strict=True)]
     fast = first = perturbed = slow
     g: Gradients = []
-    for i in range(1, k + 1):
-        if i == 1 or not reuse:
-            g = evaluate(perturbed)
-        if i == 1:
-            grad_norm = norm(g)
-        if usable(g):  # maximizing f is minimizing -f
+    lengths: list[float] = []  # of the gradient of evaluation 0
+    try:
+        for i in range(1, k + 1):
+            if i == 1 or not reuse:
+                g = evaluate(perturbed)
+            # maximizing f is minimizing -f
             up = [x if x is None or not down else -x for x, down in zip(g, maximize, strict=True)]
             perturbed = ascend(perturbed, up, rho, adaptive, eta)
-        g = evaluate(perturbed)
-        if usable(g):
+            g = evaluate(perturbed)
             fast = base(fast, clip(g, max_grad_norm))
-        if i == 1:
-            first = fast
+            if i == 1:
+                first = fast
+    except Broken:
+        base.__dict__ = memory.__dict__
+        undone = math.nan if alpha == "adaptive" else alpha
+        undone = [undone] * len(params) if alpha == "adaptive" and scope == "tensor" else undone
+        return Outcome([p.detach().clone() for p in params], undone, lengths[0], evaluations, 1, math.inf)
+    (grad_norm,) = lengths
 
     a = [f - s for f, s in zip(first, slow, strict=True)]
     b = [f - s for f, s in zip(fast, slow, strict=True)]
     alphas = slow_step_size(a, b, k, alpha, scope)
     new = [interpolate(s, f, x) for s, f, x in zip(slow, fast, each(alphas, len(params)), strict=True)]
-    lengths = [norm([d]) for d in a + b] if scope == "tensor" else [norm(a), norm(b)]
+    moved = [norm([d]) for d in a + b] if scope == "tensor" else [norm(a), norm(b)]
     return Outcome(
         params=[w.to(p.dtype) for w, p in zip(new, params, strict=True)],
         alpha=alphas,
         grad_norm=grad_norm,
         evaluations=evaluations,
-        skipped=skipped,
-        displacement=min((length for length in lengths if length > 0), default=math.inf),
+        skipped=0,
+        displacement=min((length for length in moved if length > 0), default=math.inf),
     )
 
 

@@ -49,6 +49,7 @@ def main() -> int:
             "a captured step replays as it ran": graph_capture,
             "launches per gradient evaluation": launches,
             "gradients that are lazy views, or far from the moments": gradients,
+            "a gradient that is not finite undoes the step, without a wait": undone,
         }.items():
             check(f"{backend}: {what}", lambda action=action, backend=backend: action(backend))
     if not BACKENDS_BY_NAME["cuda"].why_not():
@@ -200,6 +201,44 @@ def gradients(backend: str) -> str:
     lazy_views(backend, "cuda")
     far_apart(backend, "cuda")
     return "negated, conjugate; beta1 of 0, 0.25, 0.5, 0.9"
+
+
+def undone(backend: str) -> str:
+    """Three steps of which the second is broken are the first and the third, to the last bit."""
+    ways = list(itertools.product(BASES, (1, 2, 3), (0.6, "adaptive"), (torch.float32, torch.bfloat16), (False, True)))
+    for base, k, alpha, dtype, average in ways:
+        for broken in range(k + 1):
+            found = []
+            for steps in ((0, 1, 2), (0, 2)):
+                norm = nn.BatchNorm1d(3).cuda()
+                params = [nn.Parameter(torch.linspace(-1, 1, n, device="cuda").to(dtype)) for n in (5, 3000)]
+                settings = {"backend": backend, "nonfinite": "skip", "buffers_at_slow": norm, "rho": 0.1, **base[1]}
+                if average:
+                    optimizer = MultistepSAM(params, base[0], k=k, average=True, **settings)
+                else:
+                    optimizer = Lookbehind(params, base[0], k=k, alpha=alpha, **settings)
+                for step in steps:
+                    slopes = [torch.linspace(step - 1, 2, p.numel(), device="cuda").to(dtype) for p in params]
+                    inputs = torch.arange(12.0, device="cuda").view(4, 3) * (step + 1)
+                    torch.cuda.set_sync_debug_mode("error" if step == 1 else "default")
+                    for evaluation in optimizer.evaluations():
+                        norm(inputs * (1 + evaluation.index))
+                        for p, slope in zip(params, slopes, strict=True):
+                            p.grad = 0.3 * p.detach() + slope * (1 + evaluation.index)
+                        if step == 1 and evaluation.index == broken:
+                            params[1].grad[-1].fill_(float("nan"))
+                    skipped = optimizer.diagnostics["skipped"]
+                    torch.cuda.set_sync_debug_mode("default")
+                    if int(skipped) != (step == 1) or params[0].grad is not None:
+                        raise AssertionError(f"step {step}, broken at {broken}: skipped {int(skipped)}")
+                state = [value for entry in optimizer.state.values() for value in entry.values()]
+                found.append([*params, *state, *norm.buffers()])
+            for i, (a, b) in enumerate(zip(*found, strict=True)):
+                if not torch.equal(a, b):
+                    raise AssertionError(
+                        f"{base[0].__name__}, k {k}, alpha {alpha}, {dtype}, broken {broken}: tensor {i}"
+                    )
+    return f"{len(ways)} settings, each evaluation of them"
 
 
 def sanitized() -> str:

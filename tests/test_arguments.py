@@ -749,7 +749,7 @@ def test_rows_cut_off_between_steps(backend):
 
 @pytest.mark.sample(12)
 @pytest.mark.parametrize("base", BASES)
-@pytest.mark.parametrize("change", ["shape", "same size", "double", "half", "bfloat16"])
+@pytest.mark.parametrize("change", ["shape", "same size"])
 def test_data_replaced_between_steps(backend, change, base):
     """Found at the next step, with the tensor's index and both descriptions; put back, it all goes on."""
     problem, opt = make(backend, base)
@@ -758,9 +758,6 @@ def test_data_replaced_between_steps(backend, change, base):
     replacement, words = {
         "shape": (torch.ones(4, 7), [r"\(4, 7\)|\[4, 7\]", r"\(3, 7\)|\[3, 7\]"]),
         "same size": (torch.ones(7, 3), [r"\(7, 3\)|\[7, 3\]", r"\(3, 7\)|\[3, 7\]"]),
-        "double": (original.double(), ["float64", "float32"]),
-        "half": (original.half(), ["float16", "float32"]),
-        "bfloat16": (original.bfloat16(), ["bfloat16", "float32"]),
     }[change]
     forwards = problem.forwards
     for form in ("step", "evaluations"):
@@ -806,14 +803,6 @@ def test_parameter_replaced_by_one_without_memory(backend):
     assert_same_state(problem.values(), values)
     group["params"][2] = original
     assert_works_like_untroubled(opt, problem, backend)
-
-
-def test_whole_model_converted_between_steps(backend):
-    problem, opt = make(backend)
-    problem.model.double()
-    problem.inputs, problem.targets = problem.inputs.double(), problem.targets.double()
-    with no_change(opt), rejected(RuntimeError, "float64", "float32"):
-        opt.step(problem.closure)
 
 
 @pytest.mark.sample(12)

@@ -412,19 +412,29 @@ def test_lookbehind_over_plain_sgd_averages_gradients(backend: str, k: int) -> N
         assert_close(f"tensor {i}", a.detach(), b.detach(), 1e-12)
 
 
-def test_averages_where_gradients_are_missing_not_finite_or_scaled(backend: str) -> None:
-    """Each counts as 0; the base moves what had any, with what is left."""
+@pytest.mark.parametrize("broken", [None, 0, 2, 4])
+def test_averages_where_gradients_are_missing_not_finite_or_scaled(backend: str, broken: int | None) -> None:
+    """One that is missing counts as 0; the base moves what had any, with what is left. One that is not finite undoes it
+    all.
+    """
     p, q = torch.ones(3, dtype=torch.float64).requires_grad_(), torch.ones(2, dtype=torch.float64).requires_grad_()
     settings = {"nonfinite": "skip", "grad_scale": 4.0, "average": True, "backend": backend}
     optimizer = MultistepSAM([p, q], torch.optim.SGD, lr=0.1, momentum=0.9, rho=0.0, k=4, **settings)
     for evaluation in optimizer.evaluations():
-        p.grad = torch.full_like(p, 8.0 if evaluation.index != 2 else float("nan"))
-        if evaluation.index == 1:
+        if evaluation.index != 2 or broken == 2:
+            p.grad = torch.full_like(p, 8.0 if evaluation.index != broken else float("nan"))
+        if evaluation.index in (1, 2):
             q.grad = torch.full_like(q, 16.0)
-    assert_close("p", p.detach(), torch.full_like(p, 1 - 0.1 * 2.0 * 3 / 4).detach(), 1e-12)
-    assert_close("q", q.detach(), torch.full_like(q, 1 - 0.1 * 4.0 * 1 / 4).detach(), 1e-12)
-    assert optimizer.diagnostics["skipped"] == 1
-    assert set(optimizer.state) == {p, q}
+    assert optimizer.diagnostics["skipped"] == (broken is not None)
+    if broken is None:
+        assert_close("p", p.detach(), torch.full_like(p, 1 - 0.1 * 2.0 * 3 / 4).detach(), 1e-12)
+        assert_close("q", q.detach(), torch.full_like(q, 1 - 0.1 * 4.0 * 2 / 4).detach(), 1e-12)
+        assert set(optimizer.state) == {p, q}
+    else:
+        assert torch.equal(p, torch.ones_like(p))
+        assert torch.equal(q, torch.ones_like(q))
+        assert not optimizer.state
+        assert p.grad is q.grad is None
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -579,14 +589,20 @@ def test_microbatches_of_16_bits_begin_at_the_slow_weights(backend: str, dtype: 
         assert_close(f"tensor {i}", p.detach().double(), w.detach(), 4 * torch.finfo(dtype).eps)
 
 
-def test_microbatches_that_are_skipped_count_as_nothing(backend: str) -> None:
-    """The mean is over all microbatches, so one of two that is skipped leaves half of the other's gradient."""
+def test_one_broken_microbatch_undoes_the_step(backend: str) -> None:
+    """The others are not evaluated, but for the pair form, in which they have no effect."""
     p = torch.ones(3, dtype=torch.float64).requires_grad_()
     optimizer = SAM([p], torch.optim.SGD, lr=0.1, rho=0.0, nonfinite="skip", microbatches=2, backend=backend)
     for evaluation in optimizer.evaluations():
         p.grad = torch.full_like(p, 2.0 if evaluation.microbatch else float("inf"))
-    assert_close("p", p.detach(), torch.full_like(p, 0.9).detach(), 1e-12)
-    assert optimizer.diagnostics["skipped"] == 2
+    assert torch.equal(p, torch.ones_like(p))
+    assert optimizer.diagnostics["skipped"] == 1
+    assert evaluation.index == 0
+    for index in range(4):
+        p.grad = torch.full_like(p, 2.0 if index else float("inf"))
+        (optimizer.descent_step if index % 2 else optimizer.ascent_step)()
+    assert torch.equal(p, torch.ones_like(p))
+    assert optimizer.evaluation is p.grad is None
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)

@@ -102,6 +102,6 @@ def test_nothing_is_left(backend: str, steps: int) -> None:
 
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="needs glibc's mallinfo2")
 def test_a_leak_would_be_seen() -> None:
-    """48 bytes are."""
-    before, kept = in_use(), [bytes(48) + bytes([i % 256]) for i in range(1000)]
-    assert in_use() - before > 1000 * len(kept[0])
+    """Of what Python takes from the system, as every tensor does."""
+    before, kept = in_use(), [bytes(600) + bytes([i % 256]) for i in range(1000)]
+    assert in_use() - before > 600 * len(kept)

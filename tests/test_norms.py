@@ -59,7 +59,7 @@ def run(duel: Duel, dtype: torch.dtype, steps: int = 3) -> None:
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("broken", BROKEN)
 def test_a_broken_evaluation_moves_nothing(backend: str, broken: str, rule: str, alpha: str) -> None:
-    """Neither weights nor state, and the others of the step as ever: SAM."""
+    """The whole step is undone: neither weights nor state, whichever evaluation it is; the next step is as ever."""
     run(duel(backend, torch.float64, rule, BROKEN[broken], **ALPHAS[alpha]), torch.float64)
 
 
@@ -99,7 +99,7 @@ def test_a_single_group(backend: str) -> None:
 
 
 def test_a_base_optimizer_of_its_own_step(backend: str) -> None:
-    """RMSprop is not a rule: where nothing is to move its step() is not called."""
+    """RMSprop is not a rule: after a broken gradient its step() is not called, and what it has done is undone."""
     calls: list[int] = []
 
     class Counted(torch.optim.RMSprop):
@@ -112,13 +112,15 @@ def test_a_base_optimizer_of_its_own_step(backend: str) -> None:
         optimizer = Lookbehind([p], Counted, lr=0.01, k=2, rho=0.1, nonfinite="skip", backend=backend)
         for evaluation in optimizer.evaluations():
             p.grad = p.detach() + 0.5 if evaluations[evaluation.index] else torch.full_like(p, float("inf"))
-        assert optimizer.diagnostics["skipped"] == evaluations.count(False)
+        assert optimizer.diagnostics["skipped"] == 1
+        assert p.grad is None
+        assert not optimizer.state
         return p.detach()
 
     before = torch.linspace(-1, 1, 7)
     assert torch.equal(train([True, False, False]), before)
     assert calls == []
-    assert not torch.equal(train([True, True, False]), before)
+    assert torch.equal(train([True, True, False]), before)
     assert len(calls) == 1
 
 
@@ -189,3 +191,30 @@ def test_float16_gradients_that_overflow_are_skipped_until_the_scale_fits(backen
     assert float(p.detach()[0]) < 2.0
     assert optimizer.diagnostics["skipped"] == 0
     assert_close("grad_norm", optimizer.diagnostics["grad_norm"], 2 * p.detach().double()[0] / (1 - 0.125), 1e-3)
+
+
+# ---- large gradients -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("adaptive", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("size", [1e15, 1e19, 1e25, 1e37])
+def test_what_is_finite_has_a_finite_norm(backend: str, size: float, dtype: torch.dtype, adaptive: bool) -> None:
+    """Also where its square is no float32: nothing is skipped, the ascent has its radius, the descent is clipped."""
+    slopes = torch.linspace(-1, 1, 1000, dtype=torch.float64).to(dtype)
+    slopes[500:] *= 2.0**-60  # whose squares are lost beside the others
+    p = torch.full((1000,), 0.75, dtype=dtype).requires_grad_()
+    optimizer = Lookbehind(
+        [p], torch.optim.SGD, lr=1.0, k=1, alpha=1.0, rho=8.0, adaptive=adaptive, max_grad_norm=2.0, nonfinite="skip",
+        backend=backend,
+    )  # fmt: skip
+    for evaluation in optimizer.evaluations():
+        if evaluation.perturbed:
+            moved = (p.detach().double() - 0.75) / (0.75 + 0.01 if adaptive else 1.0)
+            assert float(moved.norm()) == pytest.approx(8.0, rel=1e-5 if dtype == torch.float32 else 1e-2)
+        p.grad = (slopes.double() * size).to(dtype)
+    expected = float((slopes.double() * size).to(dtype).double().norm())
+    assert optimizer.diagnostics["skipped"] == 0
+    assert float(optimizer.diagnostics["grad_norm"]) == pytest.approx(expected, rel=1e-6)
+    descended = float((p.detach().double() - 0.75).norm())
+    assert descended == pytest.approx(2.0, rel=1e-5 if dtype == torch.float32 else 1e-2)

@@ -129,11 +129,13 @@ LOOKBEHIND_KERNEL descend(const __grid_constant__ Arguments a) {
   __shared__ Chunk<P> chunk;
   __shared__ Descent<T, Update> descent;
   __shared__ Ascent<T> ascent;
+  __shared__ bool undone;  // the step does not take place: its weights are the slow ones, its state stays
   if (threadIdx.x == 0) {
     chunk = Chunk<P>(a);
     const SqNorms norms(a.sq_norms, a.buckets);
     descent = Descent<T, Update>(a, norms, chunk.row, chunk.hyper);
-    if (chunk.number == 0) a.steps[chunk.row] = descent.step;
+    undone = kHasOrigin && descent.skips;
+    if (chunk.number == 0 && !undone) a.steps[chunk.row] = descent.step;
     if (kAscends) ascent = Ascent<T>(a, norms, chunk.hyper);
     if (kHasOrigin) note(a);
   }
@@ -153,16 +155,18 @@ LOOKBEHIND_KERNEL descend(const __grid_constant__ Arguments a) {
       T own[kStates + 1];
       for (int s = 0; s < kStates; ++s) own[s] = state[s][j];
       fast_1[j] = descent(w[j], g[j], own);
+      if (kHasOrigin && undone) fast_1[j] = w[j] = origin[j];
       for (int s = 0; s < kStates; ++s) state[s][j] = own[s];
       if (kAscends) x[j] = ascent(x[j], g[j]);
       if (kPass == Pass::descend_interpolate) x[j] = interpolated(origin[j], w[j], descent.alpha);
       if (kAligns) x[j] = w[j];
     }
-    for (int s = 0; s < kStates; ++s) write(chunk.in(a.state[s], i), state[s]);
+    for (int s = 0; s < kStates; ++s)
+      if (!kHasOrigin || !undone) write(chunk.in(a.state[s], i), state[s]);
     if (!kHasOrigin && a.fast) write(chunk.in(a.fast, i), w);
     if ((kAscends || kAligns) && a.perturbed) write(chunk.in(a.perturbed, i), x);
     if (kAscends || kHasOrigin) write(chunk.param + i, x);
-    if (kAligns && a.first) read(fast_1, chunk.in(a.first, i));  // so late for want of registers
+    if (kAligns && a.first && !undone) read(fast_1, chunk.in(a.first, i));  // so late for want of registers
     for (int j = 0; kAligns && j < N; ++j) {
       const T to_first = fast_1[j] - origin[j], to_last = w[j] - origin[j];
       ab += to_first * to_last, aa += to_first * to_first, bb += to_last * to_last;

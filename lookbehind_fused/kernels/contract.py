@@ -19,7 +19,9 @@ class Flag(IntFlag):
     NESTEROV = 8
     DECOUPLED = 16  # weight decay as in AdamW
     DERIVES = 32  # inner step 2: the fast weights are not read but derived from the slow ones and the state
-    SKIPS = 64  # where ``sq_norms`` are not finite, nothing moves: weights, state and steps pass through
+    SKIPS = (
+        64  # where ``sq_norms`` are not finite, nothing moves; the last pass then leaves slow weights and the old state
+    )
 
 
 class RuleId(IntEnum):

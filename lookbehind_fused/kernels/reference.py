@@ -203,7 +203,7 @@ def descend_interpolate(
     writes = _Writes()
     descent = _Descent(writes, state, state_from, steps, steps_from, sq_norms, hyper, rule, flags)
     for param, grad, place in zip(params, grads, _places(params, table), strict=True):
-        _, last = descent(fast[place.span], param, grad, place)
+        _, last = descent(fast[place.span], param, grad, place, slow[place.span])
         alpha = descent.numbers[place.group][Hyper.ALPHA]
         writes.add(vector(param), torch.lerp(slow[place.span], last, alpha))
     writes.write(done)
@@ -237,8 +237,8 @@ def descend_align(
     descent = _Descent(writes, state, state_from, steps, steps_from, sq_norms, hyper, rule, flags)
     by_tensor = []
     for param, grad, place in zip(params, grads, _places(params, table), strict=True):
-        before, last = descent(fast[place.span], param, grad, place)
-        fast_1 = before if first is None else first[place.span]
+        before, last = descent(fast[place.span], param, grad, place, slow[place.span])
+        fast_1 = before if first is None or not descent.takes_place else first[place.span]
         own = alignment(fast_1 - slow[place.span], last - slow[place.span])
         writes.add_weights(last, param, perturbed, place.span)
         if flags & Flag.PER_TENSOR:
@@ -432,6 +432,7 @@ class _Descent:
         self.own = [dict(zip(names, numbers[Hyper.OF_RULE :], strict=False)) for numbers in self.numbers]
         self.scales = [self._scale(sq_norms, group) for group in hyper]
         self.moves = finite(sq_norms) if flags & Flag.SKIPS else None
+        self.takes_place = self.moves is None or bool(self.moves)
 
     @staticmethod
     def _scale(sq_norms: Tensor | None, group: Tensor) -> Tensor | None:
@@ -439,8 +440,12 @@ class _Descent:
         most = None if sq_norms is None or math.isinf(max_grad_norm) else max_grad_norm
         return gradient_scale(sq_norms, most, None if unscale == 1 else unscale)
 
-    def __call__(self, fast: Tensor, param: Tensor, grad: Tensor | None, place: _Place):
-        """The fast weights before and after."""
+    def __call__(
+        self, fast: Tensor, param: Tensor, grad: Tensor | None, place: _Place, slow: Tensor | None = None
+    ):  # fmt: skip
+        """The fast weights before and after. The last descent of a step is given ``slow``: where it does not move, the
+        step has not taken place, so that the fast weights are the slow ones, and state and steps stay.
+        """
         old = [buffer[place.span] for buffer in self.state_from]
         step, hyper = self.steps_from[place.row], self.own[place.group]
         if self.derive is not None:
@@ -451,12 +456,16 @@ class _Descent:
             scale = self.scales[place.group]
             g = _gradient(grad, param) if scale is None else _gradient(grad, param) * scale
             moved, new = self.rule(fast, g, old, int(step) + 1, hyper, self.flags)
-            if self.moves is None:
-                step = step + 1
-            else:
-                step = step + self.moves.to(step.device)
+            step = step + 1
+            if self.moves is not None and slow is None:
+                step = step - 1 + self.moves.to(step.device)
                 moved = torch.where(self.moves, moved, fast)
                 new = [torch.where(self.moves, *pair) for pair in zip(new, old, strict=True)]
+        if self.moves is not None and slow is not None:
+            fast, moved = torch.where(self.moves, fast, slow), torch.where(self.moves, moved, slow)
+            step = torch.where(self.moves.to(step.device), step, self.steps[place.row])
+            as_it_is = [buffer[place.span] for buffer in self.state]
+            new = [torch.where(self.moves, *pair) for pair in zip(new, as_it_is, strict=True)]
         for buffer, value in zip(self.state, new, strict=True):
             self.writes.add(buffer[place.span], value)
         self.writes.add(self.steps[place.row], step)

@@ -447,6 +447,18 @@ def _descend_blocks(
             before = _derived(given, m0, m1, m2, constants, RULE)
         o0, o1, o2 = m0, m1, m2
         w, m0, m1, m2 = _updated(before, g * scale, o0, o1, o2, constants, RULE)
+        origin = given
+        if INTERPOLATES or ALIGNS:
+            if slow is not None:
+                origin = _read(_of_buffer(slow, at, WHOLE), here, T, WHOLE)
+            if SKIPS:  # the step does not take place: its weights are the slow ones, its state stays
+                before, w = tl.where(moves, before, origin), tl.where(moves, w, origin)
+                if s0 is not None:
+                    o0 = _read(_of_buffer(s0, at, WHOLE), here, T, WHOLE)
+                if s1 is not None:
+                    o1 = _read(_of_buffer(s1, at, WHOLE), here, T, WHOLE)
+                if s2 is not None:
+                    o2 = _read(_of_buffer(s2, at, WHOLE), here, T, WHOLE)
         if SKIPS:
             w = tl.where(moves, w, before)
             m0, m1, m2 = tl.where(moves, m0, o0), tl.where(moves, m1, o1), tl.where(moves, m2, o2)
@@ -469,14 +481,12 @@ def _descend_blocks(
                 _write(_of_buffer(perturbed, at, WHOLE), x, here, WHOLE)
             _write(params, x, here, WHOLE)
         if INTERPOLATES or ALIGNS:
-            origin = given
-            if slow is not None:
-                origin = _read(_of_buffer(slow, at, WHOLE), here, T, WHOLE)
             if INTERPOLATES:
                 _write(params, _interpolated(origin, w, alpha), here, WHOLE)
             else:
                 if first is not None:
-                    before = _read(_of_buffer(first, at, WHOLE), here, T, WHOLE)
+                    fast_1 = _read(_of_buffer(first, at, WHOLE), here, T, WHOLE)
+                    before = tl.where(moves, fast_1, origin) if SKIPS else fast_1
                 if perturbed is not None:
                     _write(_of_buffer(perturbed, at, WHOLE), w, here, WHOLE)
                 _write(params, w, here, WHOLE)
@@ -510,7 +520,10 @@ def _descend(
     moves = _moves(sq_norms, buckets, SKIPS)
     step = tl.load(steps_from + row) + 1.0
     if number == 0:
-        tl.store(steps + row, tl.where(moves, step, step - 1.0) if SKIPS else step)
+        unmoved = step - 1.0
+        if SKIPS and (INTERPOLATES or ALIGNS):
+            unmoved = tl.load(steps + row)
+        tl.store(steps + row, tl.where(moves, step, unmoved) if SKIPS else step)
     constants = _constants(step.to(tl.int32), hyper, flags, T, RULE, DERIVES)
     scale = _gradient_scale(sq_norms, buckets, hyper, flags, CLIPS).to(T)
     factor, eta, alpha = scale, tl.load(hyper + ETA).to(T), tl.load(hyper + ALPHA).to(T)

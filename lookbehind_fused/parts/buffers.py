@@ -48,6 +48,12 @@ class BuffersAtSlow(Part):
     def commit(self) -> None:
         """They are what the evaluations at the slow weights have left."""
         _put_back(self.kept)
+        if self.happens is not None:
+            with torch.no_grad():
+                for module, name, _, value in self.at_first:
+                    now = module._buffers.get(name)
+                    if now is not None and value is not None:
+                        now.copy_(torch.where(self.happens.to(now.device), now, value))
 
     def rollback(self) -> None:
         """They are what they were at first."""

@@ -40,6 +40,12 @@ class PreviousGradients(Part):
         for p, g in grads.items():
             if kept[p] is None or layout(kept[p]) != layout(g):
                 kept[p] = torch.empty_like(g)
+        if self.happens is not None:  # else they would be used by the next step
+            where = [
+                torch.where(self.happens.to(g.device), g, torch.zeros_like(g) if self.kept.get(p) is None else kept[p])
+                for p, g in grads.items()
+            ]
+            grads = dict(zip(grads, where, strict=True))
         if grads:
             torch._foreach_copy_([*kept.values()], [*grads.values()])
         self.kept = kept
