@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from .tensors import tensors_of
 
-FEW, ELEMENTS = 32, 2**14  # so many tensors are looked at, and one more for each so many elements that there are
+FEW, ELEMENTS = 16, 2**14  # so many tensors are looked at, and one more for each so many elements that there are
 
 
 class Leftovers:
