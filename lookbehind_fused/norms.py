@@ -24,6 +24,7 @@ class Norms:
         shape = (slots, len(devices), 2)
         self._all = {d: torch.zeros(shape, dtype=torch.float64, device=d) for d in set(devices)}
         self.squares = {device: squares.unbind() for device, squares in self._all.items()}
+        self._sum = {d: torch.zeros(shape[1:], dtype=torch.float64, device=d) for d in set(devices)}
         self.sums = {d: torch.zeros(shape[1], 3, dtype=torch.float64, device=d) for d in set(devices)}
 
     def share_squares(self, slot: int) -> None:
@@ -33,8 +34,9 @@ class Norms:
 
     def judge(self, slot: int, first: int, end: int) -> None:
         """Let a slot's norm be finite only if those of the slots from ``first`` on, up to ``end``, are."""
-        for squares in self._all.values():
-            squares[slot].add_(squares[first:end].sum(0), alpha=0)
+        for device, squares in self._all.items():
+            torch.sum(squares[first:end], 0, out=self._sum[device])
+            squares[slot].add_(self._sum[device], alpha=0)
 
     def share_sums(self) -> None:
         """Give every device every bucket's alignment sums."""

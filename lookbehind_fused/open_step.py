@@ -51,6 +51,11 @@ class Part:
         """The step does not happen: all is to be what it was before ``begin``."""
 
 
+def on_host(bucket: Bucket) -> bool:
+    """Whether reading what a bucket has computed waits for nothing."""
+    return bucket.device.type == "cpu"
+
+
 class OpenStep:
     """One outer step.
 
@@ -73,7 +78,7 @@ class OpenStep:
         self.published = False  # whether state has appeared in the base's
         self.skips = bool(buckets and buckets[0].flags & Flag.SKIPS)
         # Whether the host knows of a gradient that is not finite without a wait; and whether there was one, if it does.
-        self.judged_here = self.skips and (own_step is not None or all(b.device.type == "cpu" for b in buckets))
+        self.judged_here = self.skips and (own_step is not None or all(map(on_host, buckets)))
         self.broken = False
 
     @property
@@ -214,7 +219,7 @@ class OpenStep:
             self.phase = OPEN
             self.settle()
             return
-        verdict = self.happens() if self.skips and not self.judged_here else None
+        verdict = self.happens() if self.parts and self.skips and not self.judged_here else None
         for part in self.parts:
             part.happens = verdict
         for bucket in self.buckets:
