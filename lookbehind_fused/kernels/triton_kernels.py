@@ -520,10 +520,10 @@ def _descend(
     moves = _moves(sq_norms, buckets, SKIPS)
     step = tl.load(steps_from + row) + 1.0
     if number == 0:
-        unmoved = step - 1.0
         if SKIPS and (INTERPOLATES or ALIGNS):
-            unmoved = tl.load(steps + row)
-        tl.store(steps + row, tl.where(moves, step, unmoved) if SKIPS else step)
+            tl.store(steps + row, step, mask=moves)
+        else:
+            tl.store(steps + row, tl.where(moves, step, step - 1.0) if SKIPS else step)
     constants = _constants(step.to(tl.int32), hyper, flags, T, RULE, DERIVES)
     scale = _gradient_scale(sq_norms, buckets, hyper, flags, CLIPS).to(T)
     factor, eta, alpha = scale, tl.load(hyper + ETA).to(T), tl.load(hyper + ALPHA).to(T)
