@@ -160,9 +160,11 @@ MUTANTS = {
         *("sm90", "reduce_sq_norm"),
     ),
     "every chunk counts the update, in place": (
-        "    if number == 0:\n        if SKIPS and (INTERPOLATES or ALIGNS):\n            tl.store(steps + row, step, mask=moves)\n"
+        "    if number == 0:\n        if SKIPS and (INTERPOLATES or ALIGNS):\n"
+        "            tl.store(steps + row, step, mask=moves)\n"
         "        else:\n            tl.store(steps",
-        "    if number >= 0:\n        if SKIPS and (INTERPOLATES or ALIGNS):\n            tl.store(steps + row, step, mask=moves)\n"
+        "    if number >= 0:\n        if SKIPS and (INTERPOLATES or ALIGNS):\n"
+        "            tl.store(steps + row, step, mask=moves)\n"
         "        else:\n            tl.store(steps_from",
         *("sm90", "descend"),
     ),
