@@ -140,9 +140,8 @@ class OpenStep:
         for part in self.parts:
             part.use(evaluation)
         self.position += 1
-        if self.judged_here and not self.broken:
-            norms = self.norms.squares[self.buckets[0].device][evaluation.index]
-            self.broken = not (finite(norms) and (not evaluation.closes or self.happens()))
+        if self.judged_here and not evaluation.closes:  # of the last, ``commit`` sees
+            self.broken |= not finite(self.norms.squares[self.buckets[0].device][evaluation.index])
 
     def apply(self, evaluation: Evaluation) -> None:
         """As ``use``, in a form that compiles: all gradients have to be there, and only tensors are written."""
@@ -175,8 +174,6 @@ class OpenStep:
         for part in self.parts:
             part.use(evaluation)
         self.position += 1
-        if self.judged_here and evaluation.closes:
-            self.broken = not bool(self.happens())
 
     def _run(self, index: int, gathered: Gathered) -> None:
         """Every bucket finishes a call before any begins the next."""
@@ -215,6 +212,7 @@ class OpenStep:
 
     def commit(self) -> None:
         """All calls have run: the step happens, or, where gradients are not finite and so it was asked for, not."""
+        self.broken = self.broken or (self.judged_here and not self.happens())
         if self.broken:
             self.phase = OPEN
             self.settle()

@@ -106,9 +106,8 @@ class Prepared:
         self._found, self._groups, self._backend = found, [*groups], backend
         self.tensors, self.names = params, names
         self.untrained = [p for p in params if not self._trains(p)]
-        self._watch = Watch(
-            groups, self.rule, self.keys, self.untrained
-        )  # last: what an interrupt leaves half done is done again
+        # Last: what an interrupt leaves half done is done again.
+        self._watch = Watch(groups, self.rule, self.keys, self.untrained)
 
     def _require_same_shapes(self) -> None:
         """What was given another dtype or device goes on there, with the state that it has, as with torch.optim."""
