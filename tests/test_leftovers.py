@@ -10,21 +10,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lookbehind_fused import SAM, Lookahead, Lookbehind, MultistepSAM
+from lookbehind_fused import SAM
 from lookbehind_fused.compat import LookbehindSAM, SingleFileSAM
 from tests.conftest import assert_same_state
 from tests.kernels.mutants import ROOT
-from tests.twin import BASES
+from tests.twin import BASES, METHODS
 
 FORMS = ["step", "evaluations"]
-METHODS: dict[str, Callable[..., Any]] = {
-    "lookbehind": lambda p, b, **o: Lookbehind(p, b, k=3, alpha="adaptive", **o),
-    "sam": lambda p, b, **o: SAM(p, b, **o),
-    "multistep": lambda p, b, **o: MultistepSAM(p, b, average=True, **o),
-    "2k": lambda p, b, **o: Lookbehind(p, b, reuse_gradient=False, **o),
-    "free": lambda p, b, **o: Lookbehind(p, b, ascent_gradient="previous", **o),
-    "lookahead": lambda p, b, **o: Lookahead(SAM(p, b, **o), k=2),
-}
 WAYS_OUT = r"(?s)gradients: expected none, or the last step's.*zero_grad\(\).*all microbatches.*ascent_step\(\)"
 
 

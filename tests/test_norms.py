@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from lookbehind_fused import Lookbehind
+from lookbehind_fused import Evaluation, Lookahead, Lookbehind
+from lookbehind_fused.lookahead import LookaheadPart
 from tests.conftest import LOW_PRECISION, Duel, assert_close
 from tests.test_tensors import RULES
 
@@ -218,3 +219,30 @@ def test_what_is_finite_has_a_finite_norm(backend: str, size: float, dtype: torc
     assert float(optimizer.diagnostics["grad_norm"]) == pytest.approx(expected, rel=1e-6)
     descended = float((p.detach().double() - 0.75).norm())
     assert descended == pytest.approx(2.0, rel=1e-5 if dtype == torch.float32 else 1e-2)
+
+
+@pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.RMSprop])
+def test_an_interrupt_behind_the_last_pass_does_not_make_it_happen(
+    backend: str, base: type[torch.optim.Optimizer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever settles a step then asks for the verdict too."""
+    p = torch.linspace(-1, 1, 7).requires_grad_()
+    optimizer = Lookbehind([p], base, lr=0.1, momentum=0.9, k=2, rho=0.1, nonfinite="skip", backend=backend)
+    lookahead = Lookahead(optimizer, 5)
+    before = p.detach().clone()
+
+    def interrupted(part: LookaheadPart, evaluation: Evaluation) -> None:  # what comes behind an evaluation's passes
+        if evaluation.closes:
+            raise KeyboardInterrupt
+
+    def train() -> None:
+        for evaluation in lookahead.evaluations():
+            p.grad = torch.full_like(p, float("inf") if evaluation.closes else 1.0)
+
+    monkeypatch.setattr(LookaheadPart, "use", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train()
+    assert torch.equal(p.detach(), before)
+    assert lookahead.inner_step == 0
+    assert not optimizer.state
+    assert p.grad is None

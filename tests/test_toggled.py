@@ -1,24 +1,12 @@
 """Whatever has a gradient is trained, as with torch.optim: also what requires one inside the closure alone."""
 
-from collections.abc import Callable
-from typing import Any
-
 import pytest
 import torch
 from torch import Tensor, nn
 
-from lookbehind_fused import SAM, Lookahead, Lookbehind, MultistepSAM
-from tests.conftest import assert_same_state
-from tests.twin import BASES
-
-METHODS: dict[str, Callable[..., Any]] = {
-    "lookbehind": lambda p, b, **o: Lookbehind(p, b, k=3, alpha="adaptive", **o),
-    "sam": lambda p, b, **o: SAM(p, b, **o),
-    "multistep": lambda p, b, **o: MultistepSAM(p, b, average=True, **o),
-    "2k": lambda p, b, **o: Lookbehind(p, b, reuse_gradient=False, **o),
-    "free": lambda p, b, **o: Lookbehind(p, b, ascent_gradient="previous", **o),
-    "lookahead": lambda p, b, **o: Lookahead(SAM(p, b, **o), k=2),
-}
+from lookbehind_fused import Lookbehind
+from tests.conftest import assert_same_state, drive
+from tests.twin import BASES, METHODS, WITHOUT_PAIRS
 
 
 @pytest.mark.sample(60)
@@ -31,7 +19,7 @@ def test_on_inside_the_closure_is_on(
     backend: str, method: str, base: str, form: str, dtype: torch.dtype, clears: bool
 ) -> None:
     """The same bits as where it stays on, step after step, whether gradients are cleared in between or not."""
-    if form == "pairs" and method in ("multistep", "free"):
+    if form == "pairs" and method in WITHOUT_PAIRS:
         pytest.skip("it has no such pairs")
     make, settings = BASES[base]
     found = []
@@ -53,17 +41,7 @@ def test_on_inside_the_closure_is_on(
         for p in adapters:
             p.requires_grad_(False)
         for _ in range(4):
-            if form == "step":
-                optimizer.step(lambda *_: backward())
-            elif form == "evaluations":
-                for _ in optimizer.evaluations():
-                    backward()
-            else:
-                for _ in range(getattr(optimizer, "optimizer", optimizer).k):
-                    for half in (optimizer.ascent_step, optimizer.descent_step):
-                        optimizer.zero_grad()
-                        backward()
-                        half()
+            drive(optimizer, form, lambda index: backward(), getattr(optimizer, "optimizer", optimizer).k)
             if clears:
                 optimizer.zero_grad()
         found.append([[p.detach() for p in params], optimizer.state_dict()["state"]])

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lookbehind_fused import Lookbehind
+from lookbehind_fused import SAM, Lookahead, Lookbehind, MultistepSAM
 from tests.algorithm1 import Gradients, algorithm1
 from tests.conftest import assert_close, drive
 
@@ -51,6 +51,16 @@ BASES: dict[str, tuple[type[Optimizer], dict[str, Any]]] = {
     "RMSprop": (torch.optim.RMSprop, {"lr": 0.01, "momentum": 0.5, "centered": True, "eps": 1e-5}),
     "Lister": (Lister, {}),
 }
+# name: what makes an optimizer out of parameters, a base optimizer's class and settings
+METHODS: dict[str, Callable[..., Any]] = {
+    "lookbehind": lambda p, b, **o: Lookbehind(p, b, k=3, alpha="adaptive", **o),
+    "sam": lambda p, b, **o: SAM(p, b, **o),
+    "multistep": lambda p, b, **o: MultistepSAM(p, b, average=True, **o),
+    "2k": lambda p, b, **o: Lookbehind(p, b, reuse_gradient=False, **o),
+    "free": lambda p, b, **o: Lookbehind(p, b, ascent_gradient="previous", **o),
+    "lookahead": lambda p, b, **o: Lookahead(SAM(p, b, **o), k=2),
+}
+WITHOUT_PAIRS = ("multistep", "free")
 SHAPES = [(5,), (2, 3), ()]
 Groups = list[dict[str, Any]]
 
