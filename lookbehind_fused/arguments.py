@@ -31,11 +31,14 @@ class Keys(NamedTuple):
     @classmethod
     def of(cls, base: Optimizer) -> Keys:
         """Those of the groups of a base optimizer."""
-        return cls(*(f"ascent_{name}" if name in base.defaults else name for name in cls._fields))
+        return cls(*(key if name in base.defaults else name for name, key in zip(cls._fields, ASCENT, strict=True)))
 
     def named(self, values: Mapping[str, Any]) -> dict[str, Any]:
         """What is given by the names of the fields, by these keys."""
         return {getattr(self, name): value for name, value in values.items()}
+
+
+ASCENT = Keys("ascent_rho", "ascent_adaptive", "ascent_eta")
 
 
 class Settings(NamedTuple):

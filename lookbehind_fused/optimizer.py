@@ -13,6 +13,7 @@ from torch.optim.optimizer import ParamsT
 
 from . import kernels
 from .arguments import (
+    ASCENT,
     GROUP_DEFAULTS,
     Keys,
     build_base,
@@ -95,7 +96,7 @@ class Lookbehind(Loop):
             whole outer step is undone: weights, the base's state, ``buffers_at_slow``, ``Lookahead``'s count. ``.grad``
             is then None and ``diagnostics["skipped"]`` 1. On CPUs, and for bases that run their own step, the
             evaluations that remain are not run. On GPUs it is decided without a wait, and ``.grad`` is None after every
-            step. Costs a pass over the gradients at evaluation k and, for k = 2, a buffer of fast weights.
+            step. Costs a pass over the gradients at evaluation k, two small launches on GPUs, ``fast`` for k = 2.
         grad_scale: what the loss was multiplied by before backward: a number > 0, or a tensor of one element, which is
             read where it is, at the start of a step. The descent and ``max_grad_norm`` see the gradient divided by it;
             the ascent is free of it.
@@ -143,9 +144,7 @@ class Lookbehind(Loop):
     ) -> None:
         own = {"rho": rho, "adaptive": adaptive, "eta": eta}
         own = {name: value for name, value in own.items() if value is not None}
-        by_key = {
-            key: base_kwargs.pop(key) for key in ("ascent_rho", "ascent_adaptive", "ascent_eta") if key in base_kwargs
-        }
+        by_key = {key: base_kwargs.pop(key) for key in ASCENT if key in base_kwargs}
         check_group({**self.GROUP, **own})
         settings = {
             **{"k": k, "alpha": alpha, "alpha_scope": alpha_scope, "rho_scope": rho_scope},
@@ -165,7 +164,8 @@ class Lookbehind(Loop):
         check_stats(buffers_at_slow, ascent_gradient)
         kernels.resolve(backend)
         base = build_base(params, base_optimizer, base_kwargs)
-        own = own_by_key(keys := Keys.of(base), own, by_key, type(base).__name__)
+        keys = Keys.of(base)
+        own = own_by_key(keys, own, by_key, type(base).__name__)
         defaults = {**keys.named(self.GROUP), **own}
         check_group(defaults, keys=keys)
         check_parameters(*params_and_names(base.param_groups))

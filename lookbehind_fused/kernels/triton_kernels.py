@@ -419,6 +419,20 @@ def ascend(
 
 
 @triton.jit
+def _read_state(buffers, at, here, otherwise, T: tl.constexpr, WHOLE: tl.constexpr):
+    """The state's three buffers, ``otherwise`` in the place of one that is not there."""
+    b0, b1, b2 = buffers
+    m0, m1, m2 = otherwise, otherwise, otherwise
+    if b0 is not None:
+        m0 = _read(_of_buffer(b0, at, WHOLE), here, T, WHOLE)
+    if b1 is not None:
+        m1 = _read(_of_buffer(b1, at, WHOLE), here, T, WHOLE)
+    if b2 is not None:
+        m2 = _read(_of_buffer(b2, at, WHOLE), here, T, WHOLE)
+    return m0, m1, m2
+
+
+@triton.jit
 def _descend_blocks(
     address, gradient, perturbed, slow, fast, fast_from, first, state, state_from, constants, begin, start, from_, to,
     scale, factor, eta, alpha, moves, P: tl.constexpr, T: tl.constexpr, RULE: tl.constexpr, ADAPTS: tl.constexpr,
@@ -427,7 +441,6 @@ def _descend_blocks(
 ):  # fmt: skip
     WIDTH: tl.constexpr = BLOCK if WHOLE else THREADS
     s0, s1, s2 = state
-    f0, f1, f2 = state_from
     ab, aa, bb = tl.zeros([THREADS], T), tl.zeros([THREADS], T), tl.zeros([THREADS], T)
     for offset in range(from_, to, WIDTH):
         in_tensor, here = begin + offset, tl.arange(0, WIDTH) < to - offset
@@ -435,13 +448,7 @@ def _descend_blocks(
         params = _of_tensor(address, in_tensor, P, WHOLE)
         g = _read(_of_tensor(gradient, in_tensor, P, WHOLE), here, T, WHOLE)
         given = _read(_of_buffer(fast_from, at, WHOLE), here, T, WHOLE)
-        m0, m1, m2 = g, g, g
-        if f0 is not None:
-            m0 = _read(_of_buffer(f0, at, WHOLE), here, T, WHOLE)
-        if f1 is not None:
-            m1 = _read(_of_buffer(f1, at, WHOLE), here, T, WHOLE)
-        if f2 is not None:
-            m2 = _read(_of_buffer(f2, at, WHOLE), here, T, WHOLE)
+        m0, m1, m2 = _read_state(state_from, at, here, g, T, WHOLE)
         before = given
         if DERIVES:
             before = _derived(given, m0, m1, m2, constants, RULE)
@@ -453,12 +460,7 @@ def _descend_blocks(
                 origin = _read(_of_buffer(slow, at, WHOLE), here, T, WHOLE)
             if SKIPS:  # the step does not take place: its weights are the slow ones, its state stays
                 before, w = tl.where(moves, before, origin), tl.where(moves, w, origin)
-                if s0 is not None:
-                    o0 = _read(_of_buffer(s0, at, WHOLE), here, T, WHOLE)
-                if s1 is not None:
-                    o1 = _read(_of_buffer(s1, at, WHOLE), here, T, WHOLE)
-                if s2 is not None:
-                    o2 = _read(_of_buffer(s2, at, WHOLE), here, T, WHOLE)
+                o0, o1, o2 = _read_state(state, at, here, g, T, WHOLE)
         if SKIPS:
             w = tl.where(moves, w, before)
             m0, m1, m2 = tl.where(moves, m0, o0), tl.where(moves, m1, o1), tl.where(moves, m2, o2)

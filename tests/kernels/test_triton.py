@@ -140,8 +140,8 @@ MUTANTS = {
         *("sm90", "ascend"),
     ),
     "two buffers swapped": (
-        "    f0, f1, f2 = state_from\n",
-        "    f1, f0, f2 = state_from\n",
+        "    b0, b1, b2 = buffers\n",
+        "    b1, b0, b2 = buffers\n",
         *("interpreter", "descend"),
     ),
     "offsets of 32 bits": (
