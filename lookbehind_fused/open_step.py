@@ -51,9 +51,9 @@ class Part:
         """The step does not happen: all is to be what it was before ``begin``."""
 
 
-def on_host(bucket: Bucket) -> bool:
-    """Whether reading what a bucket has computed waits for nothing."""
-    return bucket.device.type == "cpu"
+def on_host(buckets: Sequence[Bucket], own_step: Any) -> bool:
+    """Whether the host knows of a gradient that is not finite without a wait, or waits anyway."""
+    return own_step is not None or all(bucket.device.type == "cpu" for bucket in buckets)
 
 
 class OpenStep:
@@ -76,10 +76,9 @@ class OpenStep:
         self.position = int(program.recalls)  # of the evaluation that is due
         self.final: tuple[int, Gathered] | None = None  # the first of the last calls, while they run, and its gradients
         self.published = False  # whether state has appeared in the base's
-        self.skips = bool(buckets and buckets[0].flags & Flag.SKIPS)
-        # Whether the host knows of a gradient that is not finite without a wait; and whether there was one, if it does.
-        self.judged_here = self.skips and (own_step is not None or all(map(on_host, buckets)))
-        self.broken = False
+        self.skips = bool(buckets[0].flags & Flag.SKIPS)
+        self.judged_here = self.skips and on_host(buckets, own_step)
+        self.broken = False  # whether there was a gradient that is not finite, where that is known here
 
     @property
     def due(self) -> Evaluation:
@@ -105,6 +104,7 @@ class OpenStep:
         for bucket in buckets:
             bucket.open()
         self.norms, self.buckets = norms, buckets
+        self.judged_here = self.skips and on_host(buckets, self.own_step)
         for part in self.parts:
             part.begin()
 

@@ -31,12 +31,13 @@ class BuffersAtSlow(Part):
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.at_first: list[Copy] = []
+        self.at_first: list[Copy] | None = None
         self.kept: list[Copy] = []
 
     def begin(self) -> None:
-        """Copy the buffers as they are."""
-        self.at_first = self.kept = self._copies()
+        """Copy the buffers as they are; once, also where a step begins again behind its first evaluation."""
+        if self.at_first is None:
+            self.at_first = self.kept = self._copies()
 
     def use(self, evaluation: Evaluation) -> None:
         """Keep what an evaluation at the slow weights has made of them; undo what a perturbed one has."""
@@ -50,14 +51,14 @@ class BuffersAtSlow(Part):
         _put_back(self.kept)
         if self.happens is not None:
             with torch.no_grad():
-                for module, name, _, value in self.at_first:
+                for module, name, _, value in self.at_first or ():
                     now = module._buffers.get(name)
                     if now is not None and value is not None:
                         now.copy_(torch.where(self.happens.to(now.device), now, value))
 
     def rollback(self) -> None:
         """They are what they were at first."""
-        _put_back(self.at_first)
+        _put_back(self.at_first or [])
 
     @torch.no_grad()
     def _copies(self) -> list[Copy]:

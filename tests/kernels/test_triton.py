@@ -347,7 +347,7 @@ def test_a_warm_step_is_nothing_but_launches(
     from lookbehind_fused import open_step
     from lookbehind_fused.kernels import ops, triton_kernels
 
-    monkeypatch.setattr(open_step, "on_host", lambda bucket: False)
+    monkeypatch.setattr(open_step, "on_host", lambda *_: False)
     uploads: list[int] = []
     monkeypatch.setattr(device.Plan, "_upload", lambda self, values, to: (uploads.append(1), to.copy_(values)))
     monkeypatch.setattr(triton, "serves", lambda device: True)

@@ -187,3 +187,30 @@ def test_the_old_name(backend: str) -> None:
         make(model, backend, running_stats_at_slow=model)
     with pytest.raises(TypeError, match="^buffers_at_slow: expected a torch.nn.Module"):
         make(model, backend, buffers_at_slow=None, running_stats_at_slow=3)
+
+
+@pytest.mark.parametrize("after", range(4))
+def test_a_tensor_that_joins_at_the_first_evaluation_changes_nothing(backend: str, after: int) -> None:
+    """The step begins again with it, but the buffers are still those of before the step, or of the slow weights."""
+    model = network()
+    optimizer = make(model, backend)
+    adapter = model[0].weight
+    adapter.requires_grad_(False)
+    before, calls = copy.deepcopy(model.state_dict()), []
+
+    def closure() -> Tensor:
+        adapter.requires_grad_(True)
+        calls.append(loss(model))
+        calls[-1].backward()
+        adapter.requires_grad_(False)
+        return calls[-1] if len(calls) <= after else 1 // 0
+
+    with pytest.raises(ZeroDivisionError):
+        optimizer.step(closure)
+    assert_same_state(dict(model.state_dict()), dict(before))
+    expected = copy.deepcopy(model)
+    loss(expected)
+    after += 100
+    optimizer.step(closure)
+    assert_same_state(dict(model.named_buffers()), dict(expected.named_buffers()))
+    assert not torch.equal(adapter, expected[0].weight)
