@@ -41,8 +41,9 @@ class Lookahead(Optimizer):
         with optimizer.slow_weights():
             evaluate(model)
 
-    A step that moves nothing since its gradients are not finite does not count: on GPUs with ``nonfinite="skip"`` of
-    ``Lookbehind``, and under a ``GradScaler`` with ``fused`` optimizers, each step therefore waits for the device.
+    A step that moves nothing since its gradients are not finite does not count. On GPUs with ``nonfinite="skip"`` of
+    ``Lookbehind`` steps are then counted on the device, without a wait, and every step reads and writes the slow
+    weights; under a ``GradScaler`` with ``fused`` optimizers each step waits for the device.
 
     Every other form of a step that ``Lookbehind`` and the methods of its family have (``evaluations()``,
     ``first_step()``, ...) is there too and counts. Other optimizers are to be stepped through this one. Attributes of
@@ -169,6 +170,11 @@ class Lookahead(Optimizer):
         finally:
             self.optimizer.grad_scale = own
 
+    @property
+    def inner_step(self) -> int:
+        """How many steps the slow weights have stayed where they are. Waits where they are counted on the device."""
+        return int(self._count)
+
     def part(self) -> LookaheadPart:
         """What takes part in a step of the optimizer."""
         return LookaheadPart(self)
@@ -186,9 +192,13 @@ class Lookahead(Optimizer):
         self._require_fast_weights("step()")
         self._require_same_parameters()
         unchanged = all([copies.are_of_now() for copies in self._copies])
-        if self.inner_step == 0:
-            held = {id(p) for copies in self._copies for p in copies.params}
-            if not unchanged or not held.issuperset(id(p) for p in self._tensors if _moves(p)):
+        held = {id(p) for copies in self._copies for p in copies.params}
+        held_all = unchanged and held.issuperset(id(p) for p in self._tensors if _moves(p))
+        if isinstance(self._count, Tensor) and held_all:
+            for copies in self._copies:
+                copies.keep(self._count == 0)
+        elif self.inner_step == 0:
+            if not held_all:
                 self._copies = _copies_of(self._tensors)
             for copies in self._copies:
                 copies.keep()
@@ -201,14 +211,15 @@ class Lookahead(Optimizer):
         for copies in self._copies:
             copies.done.zero_()
 
-    def end_step(self, inner_step: int, again: bool = False) -> None:
-        """What follows a step of the optimizer, number ``inner_step`` of its round: the k-th moves the slow weights.
-        ``again``: an interrupt came in between.
+    def end_step(self, count: int | Tensor, again: bool = False) -> None:
+        """What follows a step of the optimizer, after which ``count`` steps of its round have happened: the k-th moves
+        the slow weights. Where only the device knows how many, it decides. ``again``: an interrupt came in between.
         """
-        for copies in self._copies if inner_step >= self.k else ():
+        pulls = count >= self.k
+        for copies in self._copies if isinstance(count, Tensor) or pulls else ():
             if not (again and copies.done[0]):
-                copies.interpolate(self.alpha)
-        self.inner_step = inner_step if inner_step < self.k else 0
+                copies.interpolate(self.alpha, pulls)
+        self._count = torch.where(pulls, 0, count) if isinstance(count, Tensor) else 0 if pulls else count
         self._opt_called = True  # LR schedulers look for it
 
     def _require_fast_weights(self, what: str) -> None:
@@ -294,7 +305,7 @@ class Lookahead(Optimizer):
         self._take_over(inner_step, slow)
 
     def _take_over(self, inner_step: int, slow: Sequence[Tensor] | None) -> None:
-        self.inner_step = inner_step
+        self._count: int | Tensor = inner_step
         self._copies = _copies_of(self._tensors) if slow else []
         given = {id(p): w for p, w in zip(self._tensors, slow or [], strict=False)}
         for copies in self._copies:
@@ -302,7 +313,7 @@ class Lookahead(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         self._require_fast_weights("copying or pickling the optimizer")
-        kept = {name: self.__dict__[name] for name in ("optimizer", "k", "alpha", "backend", "inner_step")}
+        kept = {name: getattr(self, name) for name in ("optimizer", "k", "alpha", "backend", "inner_step")}
         needed = self.inner_step or any(copies.rounds for copies in self._copies)
         return {**kept, "slow": [w.clone() for w in self._slow()] if needed else None}
 
@@ -324,7 +335,7 @@ class LookaheadPart(Part):
 
     def __init__(self, lookahead: Lookahead) -> None:
         self.lookahead = lookahead
-        self.inner_step = lookahead.inner_step + 1
+        self.before = lookahead._count
         self.commits = 0
 
     def begin(self) -> None:
@@ -332,10 +343,10 @@ class LookaheadPart(Part):
         self.lookahead.begin_step()
 
     def commit(self) -> None:
-        """The k-th step moves the slow weights; one that does not happen does not count, for which it waits."""
+        """The k-th step moves the slow weights; one that does not happen does not count."""
         self.commits += 1
-        if self.happens is None or bool(self.happens):
-            self.lookahead.end_step(self.inner_step, again=self.commits > 1)
+        count = self.before + (1 if self.happens is None else self.happens.long())
+        self.lookahead.end_step(count if self.happens is not None else int(count), again=self.commits > 1)
 
 
 class _Copies:
@@ -363,27 +374,35 @@ class _Copies:
         return [layout(p) for p in self.params] == self.layouts
 
     @torch.no_grad()
-    def keep(self) -> None:
-        """The slow weights are the parameters as they are now. Where these are the rounded image of the slow weights
-        already, they stay unrounded.
+    def keep(self, where: Tensor | None = None) -> None:
+        """The slow weights are the parameters as they are now; or are so ``where``, 0-dim bool, says it. Where
+        parameters are the rounded image of the slow weights already, these stay unrounded.
         """
-        if not self.rounds:
+        if not self.rounds and where is None:
             _copy(self.params, self.views)
             return
         for p, slow in zip(self.params, self.views, strict=True):
-            slow.copy_(torch.where(slow.to(p.dtype) == p, slow, p.to(self.dtype)))
+            kept = p.to(self.dtype)
+            if self.rounds:
+                kept = torch.where(slow.to(p.dtype) == p, slow, kept)
+            slow.copy_(kept if where is None else torch.where(where.to(slow.device), kept, slow))
 
     @torch.no_grad()
-    def interpolate(self, alpha: float) -> None:
-        """``params = slow = slow + alpha * (params - slow)`` of those that are trained. One call writes everything, and
-        1 to ``done``, so that an interrupt comes before or after.
+    def interpolate(self, alpha: float, where: bool | Tensor = True) -> None:
+        """``params = slow = slow + alpha * (params - slow)`` of those that are trained; or so ``where``, 0-dim bool,
+        says it. One call writes everything, and 1 to ``done``, so that an interrupt comes before or after.
         """
         moved = [(p, w) for p, w in zip(self.params, self.views, strict=True) if _moves(p)]
         if not moved:
             return
         params, slow = map(list, zip(*moved, strict=True))
         new = torch._foreach_lerp(slow, [p.to(self.dtype) for p in params], alpha)
-        torch._foreach_copy_([*slow, *params, self.done], [*new, *new, torch.ones_like(self.done)])
+        new_params = new
+        if isinstance(where, Tensor):
+            where = where.to(self.slow.device)
+            new_params = [torch.where(where, w.to(p.dtype), p) for p, w in zip(params, new, strict=True)]
+            new = [torch.where(where, w, old) for w, old in zip(new, slow, strict=True)]
+        torch._foreach_copy_([*slow, *params, self.done], [*new, *new_params, torch.ones_like(self.done)])
         weights_written()
 
 

@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from lookbehind_fused import ASAM, SAM, Lookahead, Lookbehind
+from lookbehind_fused import ASAM, SAM, Lookahead, Lookbehind, open_step
+from lookbehind_fused.lookahead import LookaheadPart
 from tests.algorithm1 import Formulas, adam, sgd
 from tests.conftest import assert_close, assert_same_state, drive
 from tests.test_family import TOLERANCE, Problem, sam
@@ -418,6 +420,15 @@ def test_steps_smaller_than_a_rounding_add_up(backend: str, inner: str, way: str
 # ---- skipped steps ---------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture(params=["host", "device"])
+def decided_by(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Who knows whether a step happens: on GPUs the device alone, where the base is fused. As if so on CPUs."""
+    if request.param == "device":
+        monkeypatch.setattr(open_step, "on_host", lambda buckets, own_step: own_step is not None)
+    return request.param
+
+
+@pytest.mark.usefixtures("decided_by")
 @pytest.mark.parametrize("form", ["step", "evaluations", "pairs"])
 @pytest.mark.parametrize("groups", [two_groups, scaled_apart], ids=["one bucket", "several"])
 @pytest.mark.parametrize("base", BASES)
@@ -453,6 +464,7 @@ def test_a_skipped_step_does_not_count(backend: str, base: str, groups: Callable
             assert torch.equal(p, q)
 
 
+@pytest.mark.usefixtures("decided_by")
 def test_a_step_with_any_broken_gradient_does_not_count(backend: str) -> None:
     """Of an ascent, of a descent, of both."""
     for bad, counts in ((0, False), (1, False), (2, False), ((1, 2), False), ((), True)):
@@ -463,6 +475,56 @@ def test_a_step_with_any_broken_gradient_does_not_count(backend: str) -> None:
             broken = evaluation.index in (bad if isinstance(bad, tuple) else (bad,))
             p.grad = torch.full_like(p, float("inf") if broken else 1.0)
         assert lookahead.inner_step == counts
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_what_the_device_decides_is_not_waited_for(
+    backend: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Count, slow weights and pull over two rounds are those that the host would have decided on, bit by bit, also of a
+    parameter that is frozen in between; and what Lookahead does for them reads nothing.
+    """
+    results = []
+    for by_host in (True, False):
+        monkeypatch.setattr(open_step, "on_host", lambda buckets, own_step, by_host=by_host: by_host)
+        params = [torch.linspace(-1, 1, n).to(dtype).requires_grad_() for n in (5, 3)]
+        inner = Lookbehind(params, torch.optim.SGD, lr=0.1, momentum=0.9, nonfinite="skip", backend=backend)
+        lookahead, seen = Lookahead(inner, 3, 0.3), Reads()
+        for verb in ("begin", "commit"):
+            own = getattr(LookaheadPart, verb)
+            monkeypatch.setattr(LookaheadPart, verb, lambda part, own=own, seen=seen: seen.during(own, part))
+        rounds = []
+        for number in range(9):
+            seen.reads *= number > 1  # the first builds the slow weights' table, which is the host's
+            params[1].requires_grad_(number not in (4, 5))
+            for evaluation in lookahead.evaluations():
+                for p in params:
+                    if p.requires_grad:
+                        p.grad = torch.cos(3 * p.detach())
+                if number in (1, 3, 6) and evaluation.index == number % 3:
+                    params[0].grad[2] = torch.inf
+            rounds += [p.detach().clone() for p in params]
+            if number == 5:
+                rounds += lookahead.state_dict()["lookahead"]["slow"]
+        assert by_host or not seen.reads
+        results.append([*rounds, lookahead.inner_step, *lookahead.state_dict()["lookahead"]["slow"]])
+        monkeypatch.undo()
+    for host, device in zip(*results, strict=True):
+        assert torch.equal(host, device) if isinstance(host, Tensor) else host == device == 0
+
+
+class Reads(TorchDispatchMode):
+    """Counts what the host reads of a tensor."""
+
+    reads = 0
+
+    def during(self, do: Callable[..., Any], *arguments: Any) -> Any:
+        with self:
+            return do(*arguments)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.reads += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
 
 
 def test_a_step_that_gradscaler_skips_does_not_count() -> None:
