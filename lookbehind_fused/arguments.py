@@ -53,6 +53,7 @@ class Settings(NamedTuple):
     microbatches: int
     ascent_gradient: str
     reuse_gradient: bool
+    same_randomness: bool = False
 
     @property
     def skips(self) -> bool:
@@ -85,6 +86,7 @@ def check_settings(
     microbatches: int,
     ascent_gradient: str,
     reuse_gradient: bool,
+    same_randomness: bool,
 ) -> None:
     """Refuse what ``Settings`` cannot be made of.
 
@@ -102,6 +104,7 @@ def check_settings(
     check_int("microbatches", microbatches, 1)
     _check_choice("ascent_gradient", ascent_gradient, "current", "previous")
     check_bool("reuse_gradient", reuse_gradient)
+    check_bool("same_randomness", same_randomness)
     if ascent_gradient == "previous" and (microbatches > 1 or not reuse_gradient):
         raise ValueError(
             "ascent_gradient: expected 'current' with microbatches or reuse_gradient=False, which evaluate gradients "
@@ -114,14 +117,14 @@ def _check_choice(name: str, value: Any, *choices: str) -> None:
         raise wrong(name, " or ".join(f'"{choice}"' for choice in choices), value, (str,))
 
 
-def check_grad_scale(value: Any) -> None:
+def check_loss_scale(value: Any) -> None:
     """Refuse anything but a finite number > 0 and a floating tensor of one element, whose value is not read."""
     expected = "a finite number > 0 or a floating tensor of one element"
     if isinstance(value, Tensor):
         if value.numel() != 1 or not value.is_floating_point():
-            raise ValueError(f"grad_scale: expected {expected}, got {describe(*layout(value)[:3])}")
+            raise ValueError(f"loss_scale: expected {expected}, got {describe(*layout(value)[:3])}")
     elif not (is_number(value) and 0 < value < math.inf):
-        raise wrong("grad_scale", expected, value, (numbers.Real,))
+        raise wrong("loss_scale", expected, value, (numbers.Real,))
 
 
 def check_group(group: Mapping[str, Any], where: str = "", keys: Keys = Keys()) -> None:  # noqa: B008  immutable
@@ -232,6 +235,16 @@ def weights_of(module: torch.nn.Module) -> set[Tensor]:
 
 
 # ---- what an optimizer is made of ------------------------------------------------------------------------------------
+
+
+def check_closure(closure: Any) -> None:
+    """Refuse anything but a function and None.
+
+    Raises:
+        TypeError: naming the argument.
+    """
+    if closure is not None and not callable(closure):
+        raise TypeError(f"closure: expected a function that runs forward and backward, or None, got {closure!r}")
 
 
 def check_takes_evaluation(closure: Callable[..., Any], microbatches: int) -> None:

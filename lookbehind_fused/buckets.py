@@ -95,14 +95,14 @@ class Bucket:
 
     # ---- opening a step ----
 
-    def read_numbers(self, settings: Settings, gathered: int, grad_scale: float | Tensor) -> None:
+    def read_numbers(self, settings: Settings, gathered: int, loss_scale: float | Tensor) -> None:
         """Bring ``hyper`` up to date with the groups.
 
         Raises:
             TypeError, ValueError: a group's rho or eta is not acceptable.
         """
         clip = torch.inf if settings.max_grad_norm is None else settings.max_grad_norm
-        unscale = 1.0 if isinstance(grad_scale, Tensor) else 1 / grad_scale
+        unscale = 1.0 if isinstance(loss_scale, Tensor) else 1 / loss_scale
         rows, mean_rows = [], []
         for where, group in self.groups.items():
             check_group(group, where, self.keys)

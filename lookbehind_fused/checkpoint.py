@@ -16,12 +16,13 @@ from torch.optim import Optimizer
 from .arguments import Keys, Settings, check_group, check_settings
 from .rules import NO_RULE, rule_of
 from .tensors import ROUNDED, params_and_names, tensors_of
+from .wrappers import Wrappable
 
 OWN = "lookbehind"
 """Under which a state dict, and each of its groups, has what the base optimizer does not know."""
 
 
-class Saved(Optimizer):
+class Saved(Wrappable):
     """What ``Lookbehind`` is as something to be saved.
 
     Attributes:
@@ -157,8 +158,8 @@ class Saved(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         self.require_closed("copying or pickling the optimizer")
-        kept = ("base_optimizer", "defaults", *self.SETTINGS, "grad_scale", "buffers_at_slow", "backend")
-        return {**{name: self.__dict__[name] for name in kept}, "previous": self._previous.kept}
+        kept = ("base_optimizer", "defaults", *self.SETTINGS, "loss_scale", "_scaler", "buffers_at_slow", "backend")
+        return {**{name: getattr(self, name) for name in kept}, "previous": self._previous.kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         if "base_optimizer" not in state:  # as torch's load_state_dict gives it to an optimizer: state, param_groups

@@ -11,16 +11,16 @@ from .kernels.reference import adaptive_alpha, total_norm
 from .open_step import OpenStep
 
 
-def figures(step: OpenStep, settings: Settings, tensors: int, grad_scale: float | Tensor) -> dict[str, Tensor]:
+def figures(step: OpenStep, tensors: int) -> dict[str, Tensor]:
     """``Lookbehind.diagnostics`` of a step that is complete.
 
     Args:
-        tensors: how many parameters the optimizer has. grad_scale: what gradients are divided by.
+        tensors: how many parameters the optimizer has.
     """
-    bucket = step.buckets[0]
+    bucket, settings = step.buckets[0], step.settings
     squares = step.norms.squares[bucket.device]
     grad_norm = total_norm(squares[0], 1)
-    if isinstance(grad_scale, Tensor) or grad_scale != 1:
+    if not step.given_unscaled and (isinstance(step.loss_scale, Tensor) or step.loss_scale != 1):
         grad_norm = grad_norm * bucket.hyper[0, Hyper.UNSCALE].to(bucket.device, non_blocking=True)
     skipped = torch.full((), int(step.broken), dtype=torch.int64, device=bucket.device)
     if step.skips and not step.judged_here:

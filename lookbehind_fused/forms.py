@@ -4,76 +4,168 @@ from __future__ import annotations
 
 import numbers
 from collections.abc import Callable, Iterator
+from types import NoneType
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.amp.grad_scaler import GradScaler
+from torch.optim import Optimizer
 
-from .arguments import check_takes_evaluation
+from .arguments import check_closure, check_takes_evaluation
 from .loop import Loop
+from .open_step import OpenStep
+from .parts.scaling import Scaling, check_scaler, scale_of
 from .program import Evaluation
 
 
 class Forms(Loop):
     """What runs the steps of ``Lookbehind``."""
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[..., Any] | None = None) -> Any:  # type: ignore[override]
         """One outer step: k + 1 evaluations of ``closure`` (2k with ``reuse_gradient=False``).
 
         Args:
             closure: runs forward and backward and returns the loss. Gradients are cleared before each call. With
-                microbatches it is given the ``Evaluation``.
+                microbatches it is given the ``Evaluation``. None: evaluation 0 is the gradients that are there, and
+                ``optimizer.closure`` is called for the others.
 
         Returns:
             What the closure returned at evaluation 0: the loss at the unperturbed weights. With microbatches the mean
-            over them; with ``ascent_gradient="previous"``, which has no such evaluation, that of its first.
+            over them; with ``ascent_gradient="previous"``, which has no such evaluation, that of its first. None where
+            evaluation 0 was given.
 
         Raises:
-            TypeError: there is no closure, it returned None, or it does not take the ``Evaluation`` that says which
-                microbatch it is to see.
-            RuntimeError: it ran no backward, or a step is open already.
+            TypeError: there is no closure, or it does not take the ``Evaluation`` that says which microbatch it is to
+                see.
+            ValueError: gradients cannot be given, since ``ascent_gradient``, ``microbatches`` or ``same_randomness``
+                needs another evaluation than theirs.
+            RuntimeError: no gradients are there to be used, an evaluation after the first leaves none, a step is open
+                already, or a ``GradScaler`` calls that this optimizer does not know.
 
-        Whatever is raised, by the closure or here, also by the handler of a signal at any moment: the weights and the
-        base optimizer's state are as they were before, or, where the last pass had begun, as they are after the step.
+        Where the closure leaves no gradients at evaluation 0, as where a trainer skips a minibatch, the step is skipped
+        with a warning. Whatever is raised, by the closure or here, also by the handler of a signal at any moment: the
+        weights and the base optimizer's state are as they were before, or, where the last pass had begun, as they are
+        after the step.
         """
         if "found_inf" in self.__dict__:
-            self._refuse_grad_scaler()
+            self.require_scaler(self)
         if closure is None and self._creates_state():
             return self.base_optimizer.step()
+        given = closure is None and self._closure is not None
+        closure = self._closure if given else closure
         if not callable(closure):
             raise TypeError(
                 "closure: expected a function that runs forward and backward and returns the loss, since a step takes "
-                f"several gradients; got {closure!r} (loops that call backward themselves: evaluations())"
+                f"several gradients; got {closure!r} (loops that call backward themselves: evaluations(), or once for "
+                "all optimizer.closure = a function that does it again)"
             )
-        if self.microbatches != 1:
+        if self.microbatches != 1 and not given:
             check_takes_evaluation(closure, self.microbatches)
         losses: list[Any] = []
         step = self._prepare(self.reuse_gradient)
-        evaluations = self._evaluate(step)
+        if given:
+            self._take_given(step)
+        evaluations = self._evaluate(step, given=given)
         try:
             try:
                 for evaluation in evaluations:
                     with torch.enable_grad():
                         value = closure(evaluation) if evaluation.microbatches > 1 else closure()
-                    if value is None or (evaluation.microbatches > 1 and not isinstance(value, (Tensor, numbers.Real))):
-                        raise _wrong_loss(value, evaluation)
+                    if evaluation.microbatches > 1 and not isinstance(value, (Tensor, numbers.Real, NoneType)):
+                        raise TypeError(
+                            f"closure: expected a loss that a mean over microbatches can be taken of, got {value!r}"
+                        )
                     if not (losses and evaluation.perturbed):
                         losses.append(value)
             finally:
                 evaluations.close()
         finally:
-            if self._open is step:  # an interrupt came while another was settled
+            if self._now.open is step:  # an interrupt came while another was settled
                 self._settle(step)
-        return losses[0] if len(losses) == 1 else sum(losses) / len(losses)
+        if given:
+            return None
+        if len(losses) == 1:
+            return losses[0]
+        return None if any(loss is None for loss in losses) else sum(losses) / len(losses)
 
-    def _refuse_grad_scaler(self) -> None:
-        if self.__dict__.pop("found_inf", None) is None:
-            return
-        self.grad_scale = 1.0  # GradScaler has written its own into it
-        raise RuntimeError(
-            "GradScaler.step(): expected step(closure), since a scaler looks for non-finite gradients before the "
-            'closure computes them; set grad_scale and nonfinite="skip", and scale the loss in the closure'
-        )
+    def _take_given(self, step: OpenStep) -> None:
+        """Refuse gradients that are there for evaluation 0 where they cannot be that."""
+        for name, value, usual in (
+            ("ascent_gradient", self.ascent_gradient, "current"),
+            ("microbatches", self.microbatches, 1),
+            ("same_randomness", self.same_randomness, False),
+        ):
+            if value != usual:
+                raise ValueError(
+                    f"{name}: expected {usual!r} for a step() without a closure, whose evaluation 0 is the gradients "
+                    f"that are there, got {value!r}; call step(closure)"
+                )
+        if self._leftovers.are_all_there_is(self._prepared.tensors):
+            raise RuntimeError(
+                "step(): expected gradients of evaluation 0 to be there, since no closure was given, but there are "
+                "none but the last step's; call backward() before it, or step(closure)"
+            )
+        self._note_scale(step)
+
+    def _note_scale(self, step: OpenStep) -> None:
+        """Whether the gradients that are there for evaluation 0 have been unscaled."""
+        scaling = step.part_of(Scaling)
+        step.given_unscaled = scaling is not None and scaling.is_unscaled()
+
+    # ---- with a gradient scaler ----
+
+    @property
+    def closure(self) -> Callable[..., Any] | None:
+        """What ``step()`` without a closure calls for the evaluations after the first; None or a function. Copies and
+        pickles of the optimizer have none.
+        """
+        return self._closure
+
+    @closure.setter
+    def closure(self, value: Callable[..., Any] | None) -> None:
+        check_closure(value)
+        self._closure = value
+
+    @property
+    def scaler(self) -> GradScaler | None:
+        """The ``torch.amp.GradScaler`` by which the closure scales its losses, or None."""
+        return self._scaler
+
+    @scaler.setter
+    def scaler(self, value: GradScaler | None) -> None:
+        self.require_closed("scaler")
+        check_scaler(value)
+        self._scaler = value
+        if value is not None:
+            scale_of(value, self.param_groups[0]["params"][0].device)
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """What ``GradScaler.step`` asks for: whether the step looks at its gradients itself. With given ones it is to
+        be an optimizer like others, whose gradients trainers unscale and clip.
+        """
+        return self._closure is None or self._scaler is None
+
+    def require_scaler(self, marked: Optimizer) -> None:
+        """Refuse to be called by a ``GradScaler`` that this optimizer does not know: gradients would be used scaled.
+
+        Args:
+            marked: on which the scaler has left its attributes.
+
+        Raises:
+            RuntimeError: there is no ``scaler``.
+        """
+        if self._scaler is None:
+            for name in ("grad_scale", "found_inf"):
+                vars(marked).pop(name, None)
+            raise RuntimeError(
+                "scaler: expected the GradScaler whose step() calls this optimizer, got None; a step evaluates "
+                "gradients of its own, which it has to unscale: Lookbehind(..., scaler=scaler) or optimizer.scaler = "
+                "scaler"
+            )
+
+    # ---- the state that checkpoints ask for ----
 
     def _creates_state(self) -> bool:
         """Whether this is how ``torch.distributed.checkpoint`` has an optimizer create its state: a step without a
@@ -81,7 +173,7 @@ class Forms(Loop):
         """
         grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
         still = all(group.get("lr", 0) == 0 for group in self.param_groups)
-        return bool(grads) and still and self._open is None and not any(bool(g.any()) for g in grads)
+        return bool(grads) and still and self._now.open is None and not any(bool(g.any()) for g in grads)
 
     def evaluations(self, *, apply: bool = True) -> Iterator[Evaluation]:
         """One outer step with the loop in the caller's hands: run forward and backward once per iteration.
@@ -128,12 +220,12 @@ class Forms(Loop):
         last call writes the base's state: raise nothing between it and the end of the loop's body, for then the weights
         would be restored, but not that state.
         """
-        if self._open is None:
+        if self._now.open is None:
             raise RuntimeError("apply(): expected to be called within evaluations(apply=False), but no step is open")
         if not torch.compiler.is_compiling():  # compiled code reaches parameters as what they are
-            self._open.check_applicable()
+            self._now.open.check_applicable()
         with torch.no_grad():
-            self._open.apply(evaluation)
+            self._now.open.apply(evaluation)
 
     def ascent_step(self) -> None:
         """Ascend with the gradients that are there: the first half of an inner step of the 2k form.
@@ -146,13 +238,18 @@ class Forms(Loop):
         Raises:
             RuntimeError: ``descent_step()`` is due, there is no gradient, or a step of another form is open.
         """
-        if self.ascent_gradient == "previous":
-            raise RuntimeError(
-                "ascent_step(): expected ascent_gradient='current', since it uses the gradients that are there, got "
-                "'previous'; use step(closure) or evaluations()"
-            )
-        if self._open is None:
+        for name, value, usual in (
+            ("ascent_gradient", self.ascent_gradient, "current"),
+            ("same_randomness", self.same_randomness, False),
+        ):
+            if value != usual:
+                raise RuntimeError(
+                    f"ascent_step(): expected {name}={usual!r}, since it uses the gradients that are there, got "
+                    f"{value!r}; use step(closure) or evaluations()"
+                )
+        if self._now.open is None:
             step = self._prepare_with_hooks(reuse_gradient=False, by_halves=True)
+            self._note_scale(step)
             self._guarded(step, self._use_half, step)
         else:
             self._half_step("ascent_step()", "descent_step()", ascends=True)
@@ -166,27 +263,21 @@ class Forms(Loop):
             RuntimeError: ``ascent_step()`` is due, there is no gradient, or a step of another form is open.
         """
         self._half_step("descent_step()", "ascent_step()", ascends=False)
-        if self._open is None:
+        if self._now.open is None:
             self._run_post_hooks()
 
     def abort_step(self) -> None:
         """Abandon the open outer step: weights and base state become what they were before it. No-op without one."""
-        if self._open is not None:
-            self._settle(self._open)
+        if self._now.open is not None:
+            self._settle(self._now.open)
 
     @property
     def evaluation(self) -> Evaluation | None:
         """The evaluation whose gradient the open step uses next; None between two steps."""
-        return None if self._open is None else self._open.due
+        return None if self._now.open is None else self._now.open.due
 
     def slow_weights(self) -> dict[Tensor, Tensor]:
         """Of each parameter that the open step has moved its slow weights, in the parameter's shape, in float32
         (float64 for float64 parameters): to be read only. Empty between two steps, where parameters are the slow ones.
         """
-        return {} if self._open is None else self._open.slow_weights()
-
-
-def _wrong_loss(value: Any, evaluation: Evaluation) -> TypeError:
-    if value is None:
-        return TypeError(f"closure: expected the loss to be returned, got None at evaluation {evaluation.index}")
-    return TypeError(f"closure: expected a loss that a mean over microbatches can be taken of, got {value!r}")
+        return {} if self._now.open is None else self._now.open.slow_weights()

@@ -43,6 +43,10 @@ class Leftovers:
             if g is not None:
                 g._lookbehind_left = g._version  # type: ignore[attr-defined]
 
+    def are_all_there_is(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether every gradient there is was left by the last step."""
+        return all(p.grad is None or getattr(p.grad, "_lookbehind_left", None) == p.grad._version for p in tensors)
+
     def others(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """The parameters that have gradients which are no leftovers: none, or all that may be.
 
@@ -77,6 +81,14 @@ class Lent:
         """Put them there."""
         for p, _, lent in self._lent:
             p.grad = lent
+        self._versions = [lent._version for _, _, lent in self._lent]
+
+    def is_all_there_is(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether no backward has run: nothing was added to them, and no other tensor has a gradient."""
+        untouched = {
+            id(p) for (p, _, g), v in zip(self._lent, self._versions, strict=True) if p.grad is g and g._version == v
+        }
+        return bool(untouched) and all(p.grad is None or id(p) in untouched for p in tensors)
 
     def require_cleared(self, names: Sequence[str], tensors: Sequence[Tensor]) -> None:
         """Refuse to go on where they have been added to.

@@ -26,9 +26,13 @@ from .tensors import (
     trained,
     weights_written,
 )
+from .wrappers import Wrappable
+
+OWN = ("optimizer", "k", "alpha", "backend")
+"""Settings of ``Lookahead``, which the optimizer inside may have too."""
 
 
-class Lookahead(Optimizer):
+class Lookahead(Wrappable):
     """Lookahead (Zhang et al. 2019, algorithm 1) over any torch optimizer: ``SGD``, ``SAM``, ``ASAM``, ...
 
     Every step is a step of that optimizer, on a new minibatch, which moves the fast weights: the parameters. Each k-th
@@ -42,13 +46,13 @@ class Lookahead(Optimizer):
             evaluate(model)
 
     A step that moves nothing since its gradients are not finite does not count. On GPUs with ``nonfinite="skip"`` of
-    ``Lookbehind`` steps are then counted on the device, without a wait, and every step reads and writes the slow
-    weights; under a ``GradScaler`` with ``fused`` optimizers each step waits for the device.
+    ``Lookbehind``, or a ``scaler``, steps are then counted on the device, without a wait, and every step reads and
+    writes the slow weights; under a ``GradScaler`` with torch's ``fused`` optimizers each step waits for the device.
 
     Every other form of a step that ``Lookbehind`` and the methods of its family have (``evaluations()``,
     ``first_step()``, ...) is there too and counts. Other optimizers are to be stepped through this one. Attributes of
-    the optimizer can be read here, but are set on it: ``optimizer.optimizer.grad_scale = 8.0``. A second ``Lookahead``
-    around the same optimizer takes the place of the first.
+    a method of the family (``closure``, ``scaler``, ...) are read and set through it. A second ``Lookahead`` around the
+    same optimizer takes the place of the first.
 
     Args:
         optimizer: a torch optimizer, or the class of one, which is built with ``params`` and ``kwargs``.
@@ -121,6 +125,14 @@ class Lookahead(Optimizer):
             raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
         return getattr(self.optimizer, name)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        inside = self.__dict__.get("optimizer")
+        own = name in OWN or name[0] == "_" or hasattr(type(self), name)
+        if isinstance(inside, Lookbehind) and not own and hasattr(inside, name):
+            setattr(inside, name, value)
+        else:
+            super().__setattr__(name, value)
+
     def __repr__(self) -> str:
         return f"Lookahead(k={self.k}, alpha={self.alpha}, {self.optimizer!r})"
 
@@ -144,7 +156,9 @@ class Lookahead(Optimizer):
             RuntimeError: parameters were added, removed or replaced since, or the slow weights are in their place.
         """
         if isinstance(self.optimizer, Lookbehind):  # every form of its steps has ``part()`` take part
-            return self._step_of_lookbehind(*args, **kwargs)
+            if "found_inf" in self.__dict__:
+                self.optimizer.require_scaler(self)
+            return self.optimizer.step(*args, **kwargs)
         # GradScaler leaves them on the optimizer that it is given.
         scaling = {name: self.__dict__[name] for name in ("grad_scale", "found_inf") if name in self.__dict__}
         vars(self.optimizer).update(scaling)
@@ -158,17 +172,6 @@ class Lookahead(Optimizer):
         if not scaling.get("found_inf"):  # else it was skipped
             part.commit()
         return result
-
-    def _step_of_lookbehind(self, *args: Any, **kwargs: Any) -> Any:
-        scaling = [self.__dict__.pop(name, None) for name in ("grad_scale", "found_inf")]
-        if scaling[1] is None:
-            return self.optimizer.step(*args, **kwargs)
-        own = self.optimizer.grad_scale
-        self.optimizer.found_inf = scaling[1]
-        try:
-            return self.optimizer.step(*args, **kwargs)  # refuses it
-        finally:
-            self.optimizer.grad_scale = own
 
     @property
     def inner_step(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from operator import attrgetter
 from typing import Any
@@ -11,18 +12,31 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
-from .arguments import Settings, check_grad_scale, check_stats
+from .arguments import Settings, check_loss_scale, check_stats
 from .checkpoint import Saved
 from .leftovers import Leftovers, Lent, note_when_stepped
 from .open_step import DONE, OPEN, OpenStep, Part
 from .parts.buffers import BuffersAtSlow
 from .parts.own_step import OwnStep
 from .parts.previous import PreviousGradients
+from .parts.scaling import Report, Scaling
 from .prepare import Prepared
 from .program import Evaluation, Program
+from .randomness import Replay
 from .rules import NO_RULE
 
 TRIES = 10  # at settling a step, each of which an interrupt may end
+
+
+class Now:
+    """Where an optimizer is. An object of its own, which is the same one also for a trainer's wrapper of the optimizer.
+
+    Attributes:
+        open: the outer step that is open. last: the last one, if it is complete or was undone for its gradients.
+    """
+
+    open: OpenStep | None = None
+    last: OpenStep | None = None
 
 
 class Loop(Saved):
@@ -40,13 +54,23 @@ class Loop(Saved):
         self._checked: tuple | None = None  # the settings that were found acceptable
         self._scale_checked: float | Tensor | None = None
         self._programs: dict[bool, Program] = {}
-        self._open: OpenStep | None = None
-        self._last: tuple[OpenStep, Settings, float | Tensor] | None = None  # complete, with what it was run with
+        self._now = Now()
+        self._closure: Callable[..., Any] | None = None
+        self._report = Report()
         self._around: ref[Any] | None = None  # Lookahead
 
     def program(self, reuse_gradient: bool) -> Program:
         """What one outer step does."""
         raise NotImplementedError
+
+    @property
+    def _opt_called(self) -> bool:  # type: ignore[override]
+        """Whether there was a step, which LR schedulers look for on the optimizer that they are given."""
+        return getattr(self.base_optimizer, "_opt_called", False)
+
+    @_opt_called.setter
+    def _opt_called(self, value: bool) -> None:
+        self.base_optimizer._opt_called = value
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As ``torch.optim`` does, but gradients that are to be None are not looked at before."""
@@ -63,7 +87,7 @@ class Loop(Saved):
         Raises:
             RuntimeError: an outer step is open.
         """
-        if self._open is not None:
+        if self._now.open is not None:
             raise RuntimeError(
                 f"{what}: expected no open step, but the weights are those of an evaluation; complete the step, or "
                 "restore them with abort_step()"
@@ -76,7 +100,7 @@ class Loop(Saved):
             RuntimeError: a step is open.
             TypeError, ValueError: a setting has become what it cannot be.
         """
-        if self._open is not None:
+        if self._now.open is not None:
             self.require_closed("a new step")
         settings = self._read_settings(self)
         if settings != self._checked:
@@ -84,10 +108,14 @@ class Loop(Saved):
             self.check_settings(self.settings())
             self._programs = {reuse: self.program(reuse) for reuse in (True, False)}
             self._settings = Settings(*settings[: len(Settings._fields)])
+            self._settings_scaled = self._settings._replace(nonfinite="skip")
             self._checked = settings
-        if self.grad_scale is not self._scale_checked:
-            check_grad_scale(self.grad_scale)
-            self._scale_checked = self.grad_scale
+        if "grad_scale" in self.__dict__ and "found_inf" not in self.__dict__:  # else a GradScaler has written it
+            warnings.warn("grad_scale: loss_scale is its name now", DeprecationWarning, stacklevel=4)
+            self.loss_scale = self.__dict__.pop("grad_scale")
+        if self.loss_scale is not self._scale_checked:
+            check_loss_scale(self.loss_scale)
+            self._scale_checked = self.loss_scale
         if self.buffers_at_slow is not None:
             check_stats(self.buffers_at_slow, self.ascent_gradient)
 
@@ -95,25 +123,29 @@ class Loop(Saved):
         """A step that has not begun. Nothing that could not be prepared again is written."""
         self._check()
         program, settings, prepared = self._programs[reuse_gradient], self._settings, self._prepared
-        prepared.for_step(program, settings, self.grad_scale, self.backend)
-        parts: list[Part] = []
+        scale, scaler, parts = self.loss_scale, self._scaler, list[Part]()
+        around = None if self._around is None else self._around()
+        if scaler is not None and scaler.is_enabled():
+            scaling = Scaling(scaler, self.param_groups[0]["params"][0].device, self._report, (self, around))
+            settings, scale = self._settings_scaled, scaling.scale * scale
+            parts.append(scaling)
+        prepared.for_step(program, settings, scale, self.backend)
         if self.buffers_at_slow is not None:
             parts.append(BuffersAtSlow(self.buffers_at_slow))
         if program.recalls:
             self._previous.params = prepared.tensors
             parts.append(self._previous)
-        around = None if self._around is None else self._around()
         if around is not None:
             parts.append(around.part())
         own_step = None
         if prepared.rule is NO_RULE:
-            own_step = OwnStep(self.base_optimizer, settings, self.grad_scale)
+            own_step = OwnStep(self.base_optimizer, settings, scale)
             parts.append(own_step)
-        return OpenStep(program, prepared.buckets, prepared.norms, parts, own_step, by_halves)
+        return OpenStep(program, settings, scale, prepared.buckets, prepared.norms, parts, own_step, by_halves)
 
     @torch.no_grad()
     def _begin(self, step: OpenStep, uses: bool) -> None:
-        self._open = step
+        self._now.open = step
         step.begin()
         if not uses:
             for bucket in step.buckets:
@@ -121,31 +153,46 @@ class Loop(Saved):
         if step.program.recalls:
             step.recall(self._previous.of_now(self._prepared.late))
 
-    def _evaluate(self, step: OpenStep, uses: bool = True) -> Iterator[Evaluation]:
-        """The evaluations of a step that has not begun; ``uses``: what follows each is done here."""
+    def _evaluate(self, step: OpenStep, uses: bool = True, given: bool = False) -> Iterator[Evaluation]:
+        """The evaluations of a step that has not begun; ``uses``: what follows each is done here. ``given``: the
+        gradients of the first are there.
+        """
         tensors = self._prepared.tensors
-        others = self._leftovers.others(tensors)
+        others = () if given else self._leftovers.others(tensors)
         lent = Lent(others) if others else None
+        replay = Replay({bucket.device for bucket in step.buckets}) if step.settings.same_randomness else None
+        may_skip = uses and not given
         try:
             try:
                 self._begin(step, uses)
                 for evaluation in step.program.evaluations[step.position :]:
-                    for p in tensors:
-                        p.grad = None
-                    if lent is not None:
-                        lent.lend()
-                    yield evaluation
-                    if lent is not None:
-                        lent.require_cleared(self._prepared.names, tensors)
-                        lent = None
-                    if self._open is not step:
-                        raise RuntimeError(
-                            f"evaluation {evaluation.index}: expected an open step, but abort_step() ended it"
-                        )
+                    if not given:
+                        for p in tensors:
+                            p.grad = None
+                        if lent is not None:
+                            lent.lend()
+                        if replay is not None:
+                            replay.at(evaluation)
+                        yield evaluation
+                        if lent is not None:
+                            if may_skip and lent.is_all_there_is(tensors):
+                                self._skip(step)
+                                return
+                            lent.require_cleared(self._prepared.names, tensors)
+                            lent = None
+                        if self._now.open is not step:
+                            raise RuntimeError(
+                                f"evaluation {evaluation.index}: expected an open step, but abort_step() ended it"
+                            )
                     if self._prepared.untrained and uses and evaluation.index == int(step.program.recalls):
                         self._take_in(step)
                     with torch.no_grad():
-                        step.use() if uses else step.applied(evaluation)
+                        if uses and not step.use(may_skip):
+                            self._skip(step)
+                            return
+                        if not uses:
+                            step.applied(evaluation)
+                    given = may_skip = False
                     if step.broken and uses:  # what remains could change nothing
                         break
                 with torch.no_grad():
@@ -157,7 +204,7 @@ class Loop(Saved):
         finally:
             if lent is not None:
                 lent.give_back()
-            if self._open is step:  # an interrupt came while another was settled
+            if self._now.open is step:  # an interrupt came while another was settled
                 self._settle(step)
 
     @torch.no_grad()
@@ -169,15 +216,22 @@ class Loop(Saved):
         if not prepared.notes_trained():
             return
         step.rewind()
-        prepared.for_step(step.program, self._settings, self.grad_scale, self.backend)
+        prepared.for_step(step.program, step.settings, step.loss_scale, self.backend)
         step.restart(prepared.buckets, prepared.norms)
         if step.program.recalls:
             self._previous.params = prepared.tensors
             step.recall(self._previous.of_now(self._prepared.late))
 
+    def _skip(self, step: OpenStep) -> None:
+        """The first evaluation has left no gradients, as where a trainer skips a minibatch: there is no step."""
+        warnings.warn("evaluation 0 has left no gradients: the step was skipped", stacklevel=4)
+        for part in step.parts:
+            part.happens = True  # nothing was found that is not finite
+        self._settle(step)
+
     @torch.no_grad()
     def _use_half(self, step: OpenStep) -> None:
-        if step is not self._open:
+        if step is not self._now.open:
             self._begin(step, uses=True)
         step.use()
         if step.position == len(step.program.evaluations):
@@ -185,7 +239,7 @@ class Loop(Saved):
             self._closed(step)
 
     def _half_step(self, name: str, other: str, *, ascends: bool) -> None:
-        step = self._open
+        step = self._now.open
         if step is None or step.phase != OPEN or not step.by_halves:
             now = "no step is open" if step is None else "step(closure) or evaluations() is running"
             raise RuntimeError(f"{name}: expected after {other}, but {now}")
@@ -212,7 +266,7 @@ class Loop(Saved):
         """Undo or complete a step if it is still open, whatever else comes in between."""
         interrupt: BaseException | None = None
         for _ in range(TRIES):
-            if self._open is not step:
+            if self._now.open is not step:
                 break
             try:
                 step.settle()
@@ -224,21 +278,22 @@ class Loop(Saved):
 
     def _closed(self, step: OpenStep) -> None:
         """A step has been undone or completed."""
-        self._last, step.parts, step.own_step = None, (), None  # some refer to what refers to this optimizer
+        now = self._now
+        now.last, step.parts, step.own_step = None, (), None  # some refer to what refers to this optimizer
         if step.broken or (step.skips and not step.judged_here):  # gradients that are not finite are nobody's
             for p in self._prepared.tensors:
                 p.grad = None
         if step.broken:
-            self._last = step, self._settings, self.grad_scale
+            now.last = step
         if step.phase == DONE:
             if step.published:
                 self._prepared.see_state()
             if not step.program.recalls and self._previous.kept:
                 self._previous.kept = {}
-            self._last = step, self._settings, self.grad_scale
-            self._opt_called = self.base_optimizer._opt_called = True  # LR schedulers look for it
+            now.last = step
+            self.base_optimizer._opt_called = True
         self._leftovers.note(self._prepared.tensors)
-        self._open = None
+        now.open = None
 
     # ---- hooks: torch runs them around step(); the other forms of a step run them here ----
 

@@ -32,11 +32,15 @@ class Norms:
         if len(self.sums) > 1:
             self._share({device: squares[slot] for device, squares in self.squares.items()})
 
-    def judge(self, slot: int, first: int, end: int) -> None:
-        """Let a slot's norm be finite only if those of the slots from ``first`` on, up to ``end``, are."""
+    def judge(self, slot: int, first: int, end: int, loss_scale: float | Tensor) -> None:
+        """Let a slot's norm be finite only if those of the slots from ``first`` on, up to ``end``, are, and what the
+        loss was scaled by.
+        """
         for device, squares in self._all.items():
             torch.sum(squares[first:end], 0, out=self._sum[device])
             squares[slot].add_(self._sum[device], alpha=0)
+            if isinstance(loss_scale, Tensor):
+                squares[slot].add_(loss_scale.detach().reshape(()).to(device, non_blocking=True), alpha=0)
 
     def share_sums(self) -> None:
         """Give every device every bucket's alignment sums."""

@@ -9,11 +9,12 @@ new ones: ``settle`` does whichever is due.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from .arguments import Settings
 from .buckets import Bucket
 from .kernels.contract import Flag
 from .kernels.reference import finite
@@ -24,6 +25,7 @@ from .tensors import weights_written
 IDLE, OPEN, CLOSING, DONE = range(4)
 TRIES = 3  # at the last calls, which fail by themselves, or because a signal's handler raises in between
 
+PartType = TypeVar("PartType", bound="Part")
 Gathered = list[tuple[list, Sequence[Any]]]
 """For each bucket its bound calls and the gradients to call them with."""
 
@@ -32,17 +34,18 @@ class Part:
     """Whoever has something to put back. Each verb may be called again after an interrupt.
 
     Attributes:
-        happens: None, or on the device, 0-dim bool, whether the step that is committed happens: one that does not is to
-            leave what was there before it (``nonfinite="skip"``).
+        happens: None, or whether the step that ends has only gradients that are finite, where that is asked for
+            (``nonfinite="skip"``): a bool where it is known here, else on the device, 0-dim bool. A step that is
+            committed is then to leave what was there before it, unless it happens.
     """
 
-    happens: Tensor | None = None
+    happens: Tensor | bool | None = None
 
     def begin(self) -> None:
         """The step begins; may refuse it, in which case it writes nothing."""
 
     def use(self, evaluation: Evaluation) -> None:
-        """An evaluation has been used."""
+        """The gradients of an evaluation are about to be used; may refuse them."""
 
     def commit(self) -> None:
         """The step happens: from now on it is done again, not undone."""
@@ -60,22 +63,24 @@ class OpenStep:
     """One outer step.
 
     Args:
-        program: what it evaluates and what follows.
+        program: what it evaluates and what follows. settings, loss_scale: what it was prepared with.
         buckets, norms: what it moves.
         parts: who else takes part; ``own_step`` too, where the base optimizer runs its own (``parts.own_step``).
         by_halves: it is driven by ``ascent_step()`` and ``descent_step()``.
     """
 
     def __init__(
-        self, program: Program, buckets: list[Bucket], norms: Norms, parts: Sequence[Part],
-        own_step: Any = None, by_halves: bool = False,
+        self, program: Program, settings: Settings, loss_scale: float | Tensor, buckets: list[Bucket], norms: Norms,
+        parts: Sequence[Part], own_step: Any = None, by_halves: bool = False,
     ) -> None:  # fmt: skip
-        self.program, self.buckets, self.norms = program, buckets, norms
+        self.program, self.settings, self.loss_scale = program, settings, loss_scale
+        self.buckets, self.norms = buckets, norms
         self.parts, self.own_step, self.by_halves = parts, own_step, by_halves
         self.phase = IDLE
         self.position = int(program.recalls)  # of the evaluation that is due
         self.final: tuple[int, Gathered] | None = None  # the first of the last calls, while they run, and its gradients
         self.published = False  # whether state has appeared in the base's
+        self.given_unscaled = False  # whether the gradients of evaluation 0 were given, free of the loss's scale
         self.skips = bool(buckets[0].flags & Flag.SKIPS)
         self.judged_here = self.skips and on_host(buckets, own_step)
         self.broken = False  # whether there was a gradient that is not finite, where that is known here
@@ -116,8 +121,14 @@ class OpenStep:
             for squares in self.norms.squares.values():
                 squares[0].zero_()
 
-    def use(self) -> None:
+    def use(self, may_skip: bool = False) -> bool:
         """The calls that follow the evaluation that is due, with the gradients that are there.
+
+        Args:
+            may_skip: where there is none, do nothing.
+
+        Returns:
+            Whether there is one.
 
         Raises:
             RuntimeError: there is none, or one that a pass cannot take, or a parameter was moved.
@@ -129,6 +140,8 @@ class OpenStep:
                 bucket.require_unmoved()
             gathered.append(bucket.gather(evaluation.index))
             reached |= bucket.reached
+        if not reached and may_skip:
+            return False
         if not reached:
             raise RuntimeError(
                 f"evaluation {evaluation.index}: expected a backward that gives parameters their gradients, but none "
@@ -136,12 +149,13 @@ class OpenStep:
             )
         if evaluation.closes and len(gathered) > 1:  # a bucket is not to be refused after another has written
             self._check(gathered)
-        self._run(evaluation.index, gathered)
         for part in self.parts:
             part.use(evaluation)
+        self._run(evaluation.index, gathered)
         self.position += 1
         if self.judged_here and not evaluation.closes:  # of the last, ``commit`` sees
             self.broken |= not finite(self.norms.squares[self.buckets[0].device][evaluation.index])
+        return True
 
     def apply(self, evaluation: Evaluation) -> None:
         """As ``use``, in a form that compiles: all gradients have to be there, and only tensors are written."""
@@ -206,7 +220,7 @@ class OpenStep:
         elif call.op == "share_squares":
             self.norms.share_squares(call.slot)
         elif call.op == "judge":
-            self.norms.judge(call.slot, int(self.program.recalls), len(self.program.evaluations))
+            self.norms.judge(call.slot, int(self.program.recalls), len(self.program.evaluations), self.loss_scale)
         else:
             self.norms.share_sums()
 
@@ -214,6 +228,8 @@ class OpenStep:
         """All calls have run: the step happens, or, where gradients are not finite and so it was asked for, not."""
         self.broken = self.broken or (self.judged_here and not self.happens())
         if self.broken:
+            for part in self.parts:
+                part.happens = False
             self.phase = OPEN
             self.settle()
             return
@@ -260,6 +276,10 @@ class OpenStep:
         self.final = None
 
     # ---- what others may see ----
+
+    def part_of(self, kind: type[PartType]) -> PartType | None:
+        """Its part of a kind, if it has one."""
+        return next((part for part in self.parts if isinstance(part, kind)), None)
 
     def happens(self) -> Tensor:
         """Of a step that skips, after its last evaluation: 0-dim bool, on the device, whether gradients were finite."""

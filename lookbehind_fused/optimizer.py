@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
+from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
@@ -14,14 +17,16 @@ from .arguments import (
     GROUP_DEFAULTS,
     Keys,
     build_base,
-    check_grad_scale,
+    check_closure,
     check_group,
+    check_loss_scale,
     check_stats,
     own_by_key,
 )
 from .diagnostics import figures
 from .forms import Forms
 from .parts.buffers import check_model
+from .parts.scaling import check_scaler
 from .program import Program, lookbehind
 from .tensors import check_parameters, params_and_names
 
@@ -93,9 +98,20 @@ class Lookbehind(Forms):
             is then None and ``diagnostics["skipped"]`` 1. On CPUs, and for bases that run their own step, the
             evaluations that remain are not run. On GPUs it is decided without a wait, and ``.grad`` is None after every
             step. Costs a pass over the gradients at evaluation k, two small launches on GPUs, ``fast`` for k = 2.
-        grad_scale: what the loss was multiplied by before backward: a number > 0, or a tensor of one element, which is
-            read where it is, at the start of a step. The descent and ``max_grad_norm`` see the gradient divided by it;
-            the ascent is free of it.
+        scaler: the ``torch.amp.GradScaler`` by which the closure scales its losses. Its scale is read at the start of a
+            step and holds for it: the descent and ``max_grad_norm`` see gradients divided by it, the ascent is free of
+            it. A gradient that overflows at any evaluation undoes the whole outer step, as ``nonfinite="skip"`` does;
+            the scaler hears of it, once a step, and ``scaler.update()`` is due after each. A disabled scaler is none.
+            Whether ``scaler.step(optimizer, closure)`` or ``optimizer.step(closure)`` is written makes no difference;
+            ``scaler.unscale_(optimizer)`` is for given gradients alone (``closure``).
+        loss_scale: what the loss is multiplied by before backward where no scaler does it: a number > 0, or a tensor of
+            one element, which is read where it is, at the start of a step.
+        closure: runs forward and backward for the evaluations after the first, where ``step()`` is called without one:
+            evaluation 0 is then the gradients that are there. In a loop that accumulates it runs all microbatches of
+            the step. It may be set at any time: ``optimizer.closure = function``.
+        same_randomness: every evaluation of a step begins with torch's random states, of the CPU and the devices, with
+            which evaluation 0 has begun: dropout masks and torch's augmentation inside the closure are the same ones,
+            so that a reused gradient is exactly the one that would be evaluated again. Not with given gradients.
         buffers_at_slow: the model, or None: its buffers (BatchNorm's running statistics and whatever else a forward
             pass changes) are those of the evaluations at the slow weights; what perturbed ones have done to them is
             undone (``lookbehind_fused.buffers_at_slow``). ``running_stats_at_slow`` is the name that it had.
@@ -133,7 +149,10 @@ class Lookbehind(Forms):
         microbatches: int = 1,
         max_grad_norm: float | None = None,
         nonfinite: str = "propagate",
-        grad_scale: float | Tensor = 1.0,
+        scaler: GradScaler | None = None,
+        loss_scale: float | Tensor = 1.0,
+        closure: Callable[..., Any] | None = None,
+        same_randomness: bool = False,
         buffers_at_slow: nn.Module | None = None,
         backend: str = "auto",
         **base_kwargs: Any,
@@ -146,10 +165,16 @@ class Lookbehind(Forms):
             **{"k": k, "alpha": alpha, "alpha_scope": alpha_scope, "rho_scope": rho_scope},
             **{"max_grad_norm": max_grad_norm, "nonfinite": nonfinite, "microbatches": microbatches},
             **{"ascent_gradient": ascent_gradient, "reuse_gradient": reuse_gradient},
+            **{"same_randomness": same_randomness},
         }
         settings |= {name: getattr(self, name) for name in self.SETTINGS if name not in settings}
         self.check_settings(settings)
-        check_grad_scale(grad_scale)
+        if "grad_scale" in base_kwargs:
+            warnings.warn("grad_scale: loss_scale is its name now", DeprecationWarning, stacklevel=2)
+            loss_scale = base_kwargs.pop("grad_scale")
+        check_loss_scale(loss_scale)
+        check_scaler(scaler)
+        check_closure(closure)
         if "running_stats_at_slow" in base_kwargs:
             old_name = base_kwargs.pop("running_stats_at_slow")
             if None not in (buffers_at_slow, old_name):
@@ -177,14 +202,13 @@ class Lookbehind(Forms):
                 "base_optimizer": base,
                 "defaults": {**base.defaults, **defaults},
                 **settings,
-                "grad_scale": grad_scale,
+                "loss_scale": loss_scale,
+                "_scaler": scaler,
                 "buffers_at_slow": buffers_at_slow,
                 "backend": backend,
             }
         )
-
-    # GradScaler then says so when it calls step(), which raises: unscaled behind our back the gradients would be wrong.
-    _step_supports_amp_scaling = True
+        self.scaler, self.closure = scaler, closure
 
     @property
     def running_stats_at_slow(self) -> nn.Module | None:
@@ -254,14 +278,13 @@ class Lookbehind(Forms):
     def diagnostics(self) -> dict[str, Tensor]:
         """Figures of the last outer step, as tensors on the parameters' device; reading them waits for nothing.
 
-        ``grad_norm``: 0-dim float64, the L2 norm of the gradient of evaluation 0, over all parameters, divided by
-        ``grad_scale``: at the slow weights; with microbatches that of the first; with ``ascent_gradient="previous"``
-        that of the gradient which the step ascended with first, 0 if there was none. ``skipped``: 0-dim int64, 1 if the
-        step was undone (``nonfinite``), else 0. ``alpha``: 0-dim float64, the slow step size; with an adaptive alpha of
+        ``grad_norm``: 0-dim float64, the L2 norm of the gradient of evaluation 0, over all parameters, divided by what
+        the loss was scaled by: at the slow weights; with microbatches that of the first; with
+        ``ascent_gradient="previous"`` that of the gradient which the step ascended with first, 0 if there was none.
+        ``skipped``: 0-dim int64, 1 if the step was undone (``nonfinite``, ``scaler``), else 0. ``alpha``: 0-dim
+        float64, the slow step size; with an adaptive alpha of
         scope "tensor" of shape (parameters,), in the order of the parameter groups, NaN for a parameter that took no
         part; an adaptive one is NaN where the step was undone. Empty if there was no step or it was abandoned.
         """
-        if self._last is None:
-            return {}
-        step, settings, grad_scale = self._last
-        return figures(step, settings, sum(len(group["params"]) for group in self.param_groups), grad_scale)
+        last = self._now.last
+        return {} if last is None else figures(last, sum(len(group["params"]) for group in self.param_groups))

@@ -47,7 +47,7 @@ class Prepared:
         self._bound: tuple[Program, Settings] | None = None  # what the calls have been bound for
         self._numbers: tuple | None = None  # what ``hyper`` has been made of
 
-    def for_step(self, program: Program, settings: Settings, grad_scale: float | Tensor, backend: str) -> None:
+    def for_step(self, program: Program, settings: Settings, loss_scale: float | Tensor, backend: str) -> None:
         """Bring everything up to date.
 
         Raises:
@@ -66,7 +66,7 @@ class Prepared:
             watch = self._watch
         if (program, settings) != self._bound:
             self._bind(program, settings)
-        self._read_numbers(program, settings, grad_scale)
+        self._read_numbers(program, settings, loss_scale)
         if not watch.same_state(self.base.state):
             for bucket in self.buckets:
                 bucket.adopt_state()
@@ -158,19 +158,19 @@ class Prepared:
             bucket.bind(program, settings, self.norms, len(self.buckets) == 1)
         self._bound = program, settings
 
-    def _read_numbers(self, program: Program, settings: Settings, grad_scale: float | Tensor) -> None:
+    def _read_numbers(self, program: Program, settings: Settings, loss_scale: float | Tensor) -> None:
         """Bring the buckets' numbers up to date with the groups and the settings."""
-        scaled_on_device = isinstance(grad_scale, Tensor)
+        scaled_on_device = isinstance(loss_scale, Tensor)
         values = self._watch.values
-        now = values, settings, program.gathered, None if scaled_on_device else grad_scale
+        now = values, settings, program.gathered, None if scaled_on_device else loss_scale
         if now != self._numbers:
             for bucket in self.buckets:
-                bucket.read_numbers(settings, program.gathered, grad_scale)
+                bucket.read_numbers(settings, program.gathered, loss_scale)
             unseen = self.rule is NO_RULE or any(isinstance(value, Tensor) for of_group in values for value in of_group)
             self._numbers = None if unseen else now
         if scaled_on_device:
             for bucket in self.buckets:
-                bucket.hyper[:, Hyper.UNSCALE] = grad_scale.detach().reshape(()).double().reciprocal()
+                bucket.hyper[:, Hyper.UNSCALE] = loss_scale.detach().reshape(()).double().reciprocal()
 
 
 def _same(a: list, b: list) -> bool:

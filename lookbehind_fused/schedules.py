@@ -8,6 +8,7 @@ from typing import Any
 from .arguments import Keys, check_fraction, check_group
 from .lookahead import Lookahead
 from .optimizer import Lookbehind
+from .wrappers import unwrapped
 
 
 class LambdaSchedule:
@@ -37,7 +38,8 @@ class LambdaSchedule:
         rho: Callable[[int], float] | None = None,
         alpha: Callable[[int], float | str] | None = None,
     ) -> None:
-        method = optimizer.optimizer if isinstance(optimizer, Lookahead) else optimizer
+        optimizer = unwrapped(optimizer)
+        method = unwrapped(optimizer.optimizer) if isinstance(optimizer, Lookahead) else optimizer
         if not isinstance(method, Lookbehind):
             raise TypeError(f"optimizer: expected Lookbehind or a method of the family, got {optimizer!r}")
         for name, function in (("rho", rho), ("alpha", alpha)):

@@ -58,13 +58,13 @@ def algorithm1(
     reuse: bool = True,
     max_grad_norm: float | None = None,
     nonfinite: str = "propagate",
-    grad_scale: float = 1.0,
+    loss_scale: float = 1.0,
     arithmetic: torch.dtype | None = None,
 ) -> Outcome:
     """One outer step from ``params``; ``rho``, ``adaptive`` and ``eta`` may be lists with a value for each tensor.
 
     ``nonfinite="skip"``: a gradient that is not finite, at any evaluation, undoes the step: weights and the memory of
-    ``base`` are as before, what remains is not evaluated, an adaptive alpha is NaN. ``grad_scale``: gradients are so
+    ``base`` are as before, what remains is not evaluated, an adaptive alpha is NaN. ``loss_scale``: gradients are so
     many times what they should be.
 
     ``gradient(points, index)`` is evaluation ``index`` (0-based) at ``points``, which have the dtypes of ``params``.
@@ -86,7 +86,7 @@ def algorithm1(
         live = [w.to(p.dtype) for w, p in zip(perturbed, params, strict=True)]
         gradients = gradient(live, evaluations)
         evaluations += 1
-        g = [None if g is None else g.to(dtype) / grad_scale for g, dtype in zip(gradients, working, strict=True)]
+        g = [None if g is None else g.to(dtype) / loss_scale for g, dtype in zip(gradients, working, strict=True)]
         if evaluations == 1:
             lengths.append(norm(g))
         if nonfinite == "skip" and not math.isfinite(norm(g)):

@@ -230,7 +230,7 @@ class Duel:
             "reuse": options.get("reuse_gradient", True),
             "max_grad_norm": options.get("max_grad_norm"),
             "nonfinite": options.get("nonfinite", "propagate"),
-            "grad_scale": float(options.get("grad_scale", 1.0)),
+            "loss_scale": float(options.get("loss_scale", 1.0)),
             "arithmetic": arithmetic,
         }
         for name, default in {"rho": 0.05, "adaptive": False, "eta": 0.01}.items():
@@ -249,7 +249,7 @@ class Duel:
             return None
         phase = 1 + 0.25 * ((3 * self.steps + 2 * index + i) % 5)
         g = self.curvature[i].to(w.dtype) * w + phase * self.slope[i].to(w.dtype)
-        g = g * self.settings["grad_scale"]
+        g = g * self.settings["loss_scale"]
         if (self.steps, index) in self.broken and i == len(self.params) - 1:
             g.view(-1)[-1] = float("nan")
         return g

@@ -21,7 +21,7 @@ from tests.twin import BASES
 METHODS: dict[str, Callable[..., Any]] = {
     "lookbehind": lambda p, b, **o: Lookbehind(p, b, k=3, alpha="adaptive", max_grad_norm=0.5, **o),
     "tensor": lambda p, b, **o: Lookbehind(p, b, k=2, alpha="adaptive", alpha_scope="tensor", adaptive=True, **o),
-    "sam": lambda p, b, **o: SAM(p, b, nonfinite="skip", grad_scale=torch.tensor(4.0, device="cpu"), **o),
+    "sam": lambda p, b, **o: SAM(p, b, nonfinite="skip", loss_scale=torch.tensor(4.0, device="cpu"), **o),
     "multistep": lambda p, b, **o: MultistepSAM(p, b, average=True, **o),
     "free": lambda p, b, **o: Lookbehind(p, b, ascent_gradient="previous", **o),
     "lookahead": lambda p, b, **o: Lookahead(SAM(p, b, **o), k=2, backend=o["backend"]),

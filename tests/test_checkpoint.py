@@ -476,7 +476,7 @@ def test_a_copy_trains_on_identically_and_independently(backend, run, steps, how
         "reuse_gradient",
         "max_grad_norm",
         "nonfinite",
-        "grad_scale",
+        "loss_scale",
         "backend",
         "defaults",
     ):

@@ -21,7 +21,7 @@ SETTINGS = {
     "adaptive": (*SGD, {"k": 2, "alpha": "adaptive"}),
     "adaptive-tensor": (*SGD, {"k": 3, "alpha": "adaptive", "alpha_scope": "tensor"}),
     "clipped": (*SGD, {"k": 2, "max_grad_norm": 0.1}),
-    "skipping": (*SGD, {"k": 2, "nonfinite": "skip", "grad_scale": 8.0}),
+    "skipping": (*SGD, {"k": 2, "nonfinite": "skip", "loss_scale": 8.0}),
     "2k": (*SGD, {"k": 2, "reuse_gradient": False}),
 }
 

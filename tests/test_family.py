@@ -157,7 +157,7 @@ METHODS: dict[str, tuple[Any, dict[str, Any], Callable[..., list[Tensor]], int]]
     },
     "MultistepSAM-average-clipped": (
         MultistepSAM,
-        {"k": 3, "rho": 0.2, "adaptive": True, "eta": 0.1, "average": True, "max_grad_norm": 0.7, "grad_scale": 1.0},
+        {"k": 3, "rho": 0.2, "adaptive": True, "eta": 0.1, "average": True, "max_grad_norm": 0.7, "loss_scale": 1.0},
         lambda *a: multistep(*a, 3, 0.2, True, 0.1, True, 0.7),
         4,
     ),
@@ -418,7 +418,7 @@ def test_averages_where_gradients_are_missing_not_finite_or_scaled(backend: str,
     all.
     """
     p, q = torch.ones(3, dtype=torch.float64).requires_grad_(), torch.ones(2, dtype=torch.float64).requires_grad_()
-    settings = {"nonfinite": "skip", "grad_scale": 4.0, "average": True, "backend": backend}
+    settings = {"nonfinite": "skip", "loss_scale": 4.0, "average": True, "backend": backend}
     optimizer = MultistepSAM([p, q], torch.optim.SGD, lr=0.1, momentum=0.9, rho=0.0, k=4, **settings)
     for evaluation in optimizer.evaluations():
         if evaluation.index != 2 or broken == 2:

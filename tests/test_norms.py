@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from lookbehind_fused import Evaluation, Lookahead, Lookbehind
-from lookbehind_fused.lookahead import LookaheadPart
+from lookbehind_fused import Lookahead, Lookbehind
+from lookbehind_fused.open_step import OpenStep
 from tests.conftest import LOW_PRECISION, Duel, assert_close
 from tests.test_tensors import RULES
 
@@ -135,7 +135,7 @@ def test_what_is_propagated(backend: str) -> None:
     assert optimizer.diagnostics["skipped"] == 0
 
 
-# ---- grad_scale ------------------------------------------------------------------------------------------------------
+# ---- loss_scale ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.sample(12)
@@ -145,22 +145,22 @@ def test_what_is_propagated(backend: str) -> None:
 def test_a_scaled_loss_makes_no_difference(backend: str, rule: str, options: dict[str, Any], as_tensor: bool) -> None:
     """Weights, state and the norm in diagnostics, for a scale that changes from step to step."""
     scale = torch.tensor(1024.0) if as_tensor else 1024.0
-    one = duel(backend, torch.float64, rule, [(1, 1)], alpha=0.4, grad_scale=scale, **options)
+    one = duel(backend, torch.float64, rule, [(1, 1)], alpha=0.4, loss_scale=scale, **options)
     for now in (1024.0, 3.0, 0.25):
-        one.settings["grad_scale"] = now
+        one.settings["loss_scale"] = now
         if as_tensor:
             scale.fill_(now)
         else:
-            one.optimizer.grad_scale = now
+            one.optimizer.loss_scale = now
         run(one, torch.float64, steps=1)
-    one.settings["grad_scale"] = one.optimizer.grad_scale = 1.0
+    one.settings["loss_scale"] = one.optimizer.loss_scale = 1.0
     run(one, torch.float64, steps=1)
 
 
 def test_a_scaled_loss_for_a_base_of_its_own_step(backend: str) -> None:
     def trained(scale: float) -> Tensor:
         p = torch.linspace(-1, 1, 7).double().requires_grad_()
-        options = {"k": 2, "rho": 0.1, "max_grad_norm": 0.3, "grad_scale": scale, "backend": backend}
+        options = {"k": 2, "rho": 0.1, "max_grad_norm": 0.3, "loss_scale": scale, "backend": backend}
         optimizer = Lookbehind([p], torch.optim.Adagrad, lr=0.01, **options)
         for _ in optimizer.evaluations():
             p.grad = (p.detach() + 0.5) * scale
@@ -174,7 +174,7 @@ def test_float16_gradients_that_overflow_are_skipped_until_the_scale_fits(backen
     p = torch.full((4,), 2.0, dtype=torch.float16).requires_grad_()
     scale = torch.tensor(2.0**16)
     optimizer = Lookbehind(
-        [p], torch.optim.SGD, lr=0.125, rho=0.0, k=1, alpha=1.0, nonfinite="skip", grad_scale=scale, backend=backend
+        [p], torch.optim.SGD, lr=0.125, rho=0.0, k=1, alpha=1.0, nonfinite="skip", loss_scale=scale, backend=backend
     )
 
     def closure() -> Tensor:
@@ -231,15 +231,15 @@ def test_an_interrupt_behind_the_last_pass_does_not_make_it_happen(
     lookahead = Lookahead(optimizer, 5)
     before = p.detach().clone()
 
-    def interrupted(part: LookaheadPart, evaluation: Evaluation) -> None:  # what comes behind an evaluation's passes
-        if evaluation.closes:
-            raise KeyboardInterrupt
+    def interrupted(step: OpenStep) -> None:  # what comes behind the last passes
+        monkeypatch.undo()
+        raise KeyboardInterrupt
 
     def train() -> None:
         for evaluation in lookahead.evaluations():
             p.grad = torch.full_like(p, float("inf") if evaluation.closes else 1.0)
 
-    monkeypatch.setattr(LookaheadPart, "use", interrupted)
+    monkeypatch.setattr(OpenStep, "commit", interrupted)
     with pytest.raises(KeyboardInterrupt):
         train()
     assert torch.equal(p.detach(), before)

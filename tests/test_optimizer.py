@@ -122,7 +122,7 @@ def test_is_an_optimizer_that_shares_groups_and_state_with_its_base(backend):
     assert (group["lr"], group["momentum"]) == (0.1, 0.9)
     assert (group["rho"], group["adaptive"], group["eta"]) == (0.05, False, 0.01)
     assert (opt.k, opt.alpha, opt.alpha_scope, opt.reuse_gradient, opt.max_grad_norm) == (2, 0.5, "global", True, None)
-    assert (opt.nonfinite, opt.grad_scale) == ("propagate", 1.0)
+    assert (opt.nonfinite, opt.loss_scale) == ("propagate", 1.0)
 
 
 def test_class_and_instance_give_the_same_trajectory(backend):
@@ -1054,7 +1054,7 @@ REFUSED = {
     "a step is open": lambda opt: opt.ascent_step(),
     "k": lambda opt: setattr(opt, "k", 0),
     "alpha": lambda opt: setattr(opt, "alpha", 2.0),
-    "grad_scale": lambda opt: setattr(opt, "grad_scale", -1.0),
+    "loss_scale": lambda opt: setattr(opt, "loss_scale", -1.0),
     "backend": lambda opt: setattr(opt, "backend", "nonsense"),
     "rho": lambda opt: opt.param_groups[0].update(rho=-1.0),
     "adaptive": lambda opt: opt.param_groups[0].update(adaptive="yes"),

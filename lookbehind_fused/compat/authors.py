@@ -39,7 +39,8 @@ class AuthorsForm:
             also if they have gradients (the authors' code perturbs them too).
         rho: radius of one ascent step, >= 0.
         eta: ASAM's stabilizer, >= 0; SAM has no use for it.
-        backend, **settings: ``backend``, ``max_grad_norm``, ``nonfinite`` and ``grad_scale`` of ``Lookbehind``.
+        backend, **settings: ``backend``, ``max_grad_norm``, ``nonfinite``, ``scaler`` and ``loss_scale`` of
+            ``Lookbehind``.
 
     Attributes:
         optimizer, base_optimizer: the base optimizer.

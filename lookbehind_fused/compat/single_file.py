@@ -41,8 +41,8 @@ class SingleFileSAM(SAM):
         perturb_eps: what is added to the norm elsewhere, in [0, 1e-8]. The kernels add 1e-16 whatever is given, which
             at a norm of one changes the ascent by 1e-8 of itself at most; more is refused.
         model, num_data: for callers that give them to every optimizer of a collection; without meaning here.
-        **settings: ``backend``, ``max_grad_norm``, ``nonfinite`` and ``grad_scale`` of ``Lookbehind``, and arguments of
-            the class ``base_optimizer`` (``lr``, ``foreach``, ...).
+        **settings: ``backend``, ``max_grad_norm``, ``nonfinite``, ``scaler``, ``closure`` and ``loss_scale`` of
+            ``Lookbehind``, and arguments of the class ``base_optimizer`` (``lr``, ``foreach``, ...).
 
     Raises:
         TypeError, ValueError: as ``Lookbehind``.
@@ -78,7 +78,8 @@ class SingleFileSAM(SAM):
         """Ascend with the gradients that are there, clear them, call ``closure`` at the perturbed weights, and descend.
 
         Args:
-            closure: runs forward and backward; called once. The gradients that it leaves are not cleared.
+            closure: runs forward and backward; called once. The gradients that it leaves are not cleared. None:
+                ``optimizer.closure``.
 
         Returns:
             What the closure returned.
@@ -89,7 +90,9 @@ class SingleFileSAM(SAM):
 
         Whatever is raised, the weights and the base optimizer's state are as they were before.
         """
-        self._refuse_grad_scaler()
+        if "found_inf" in self.__dict__:
+            self.require_scaler(self)
+        closure = self.closure if closure is None else closure
         if not callable(closure):
             raise TypeError(
                 "closure: expected a function that runs forward and backward, since the gradient at the perturbed "

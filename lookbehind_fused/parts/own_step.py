@@ -42,9 +42,9 @@ class OwnStep(Part):
     put back.
     """
 
-    def __init__(self, base: Optimizer, settings: Settings, grad_scale: float | Tensor) -> None:
+    def __init__(self, base: Optimizer, settings: Settings, loss_scale: float | Tensor) -> None:
         self.base, self.settings = base, settings
-        self.unscales = isinstance(grad_scale, Tensor) or grad_scale != 1
+        self.unscales = isinstance(loss_scale, Tensor) or loss_scale != 1
         self.before: list[tuple[Optimizer, dict[Tensor, dict], list[dict]]] = []
         self.lent: list[Lent] = []
 

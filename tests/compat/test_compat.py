@@ -652,7 +652,7 @@ def test_a_grad_scaler_is_refused(backend: str) -> None:
     optimizer, _, closure = single(backend)
     closure()
     optimizer.grad_scale, optimizer.found_inf = torch.tensor(2.0), torch.tensor(0.0)
-    with pytest.raises(RuntimeError, match=r"^GradScaler.step\(\): expected"):
+    with pytest.raises(RuntimeError, match=r"^scaler: expected the GradScaler"):
         optimizer.step(closure)
     optimizer.step(closure)
 

@@ -331,7 +331,7 @@ def test_nothing_is_uploaded_twice(monkeypatch: pytest.MonkeyPatch) -> None:
         {"k": 3, "alpha": "adaptive"},
         {"k": 3, "alpha": "adaptive", "alpha_scope": "tensor"},
         {"k": 2, "max_grad_norm": 1.0, "adaptive": True},
-        {"k": 2, "nonfinite": "skip", "grad_scale": 8.0},
+        {"k": 2, "nonfinite": "skip", "loss_scale": 8.0},
         {"k": 2, "reuse_gradient": False},
     ],
     ids=str,

@@ -152,8 +152,8 @@ def test_clipped_scaled_skipped_and_missing(backend: str, dtype: torch.dtype, fo
     reuse = form != "pairs"
     rows: list[tuple[dict[str, Any], dict[str, Any]]] = [
         ({"k": 2, "alpha": 0.4, "max_grad_norm": 0.7}, {}),
-        ({"k": 1, "alpha": 0.8, "grad_scale": 8.0}, {"missing": {(1, 1, 0), (1, 0, 0)}}),
-        ({"k": 3, "alpha": "adaptive", "nonfinite": "skip", "grad_scale": 4.0}, {"broken": {(1, 1), (2, 3)}}),
+        ({"k": 1, "alpha": 0.8, "loss_scale": 8.0}, {"missing": {(1, 1, 0), (1, 0, 0)}}),
+        ({"k": 3, "alpha": "adaptive", "nonfinite": "skip", "loss_scale": 4.0}, {"broken": {(1, 1), (2, 3)}}),
         ({"k": 2, "alpha": 0.4, "nonfinite": "skip", "max_grad_norm": 0.7}, {"broken": {(1, 1), (1, 2), (1, 3)}}),
     ]
     for options, events in rows:
@@ -225,7 +225,7 @@ REAL_GRADIENTS: dict[str, tuple[torch.dtype, dict[str, Any], bool]] = {
     "bfloat16": (torch.bfloat16, {}, False),
     "float16": (torch.float16, {}, False),
     "clipped": (torch.float32, {"max_grad_norm": 1e-3}, False),
-    "unscaled": (torch.float32, {"grad_scale": 2.0}, False),
+    "unscaled": (torch.float32, {"loss_scale": 2.0}, False),
     "mean": (torch.float32, {"microbatches": 2}, False),
 }
 
