@@ -196,11 +196,12 @@ def same_bits(backend: str) -> str:
 
 
 def gradients(backend: str) -> str:
-    from tests.kernels.gradients import far_apart, lazy_views
+    from tests.kernels.gradients import far_apart, large, lazy_views
 
     lazy_views(backend, "cuda")
     far_apart(backend, "cuda")
-    return "negated, conjugate; beta1 of 0, 0.25, 0.5, 0.9"
+    large(backend, "cuda")
+    return "negated, conjugate; beta1 of 0, 0.25, 0.5, 0.9; up to 1e37"
 
 
 def undone(backend: str) -> str:

@@ -25,14 +25,11 @@ __device__ __forceinline__ void note(const Arguments& a) {
   if (a.done && blockIdx.x == 0) *a.done = 1;
 }
 
-template <class P>
-LOOKBEHIND_KERNEL reduce_sq_norm(const __grid_constant__ Arguments a) {
-  using T = typename Compute<P>::type;
-  __shared__ Chunk<P> chunk;
-  if (threadIdx.x == 0) chunk = Chunk<P>(a);
-  __syncthreads();
+// The sums of squares of T g and of g over this thread's elements, computed in T.
+template <class T, class P>
+__device__ __forceinline__ void sum_squares(double (&sums)[2], const Arguments& a, const Chunk<P>& chunk) {
   const bool adapts = a.flags & kAdaptive;
-  const T eta = T(chunk.hyper[kEta]);
+  const T eta = T(typename Compute<P>::type(chunk.hyper[kEta]));
   T scaled = 0, plain = 0;
   walk(chunk, [&](auto width, int i) {
     constexpr int N = width.value;
@@ -46,7 +43,20 @@ LOOKBEHIND_KERNEL reduce_sq_norm(const __grid_constant__ Arguments a) {
       scaled += x * x;
     }
   });
-  double sums[] = {double(scaled), double(plain)};
+  sums[0] = double(scaled), sums[1] = double(plain);
+}
+
+template <class P>
+LOOKBEHIND_KERNEL reduce_sq_norm(const __grid_constant__ Arguments a) {
+  using T = typename Compute<P>::type;
+  __shared__ Chunk<P> chunk;
+  if (threadIdx.x == 0) chunk = Chunk<P>(a);
+  __syncthreads();
+  double sums[2];
+  sum_squares<T>(sums, a, chunk);
+  // The square of a finite float may not be one: where there is an infinite sum, this thread's terms in double.
+  if constexpr (sizeof(T) < sizeof(double))
+    if (isinf(sums[0]) || isinf(sums[1])) sum_squares<double>(sums, a, chunk);
   add_up(a, chunk, sums);
 }
 

@@ -373,6 +373,11 @@ def reduce_sq_norm(
         address, gradient, perturbed, begin, start, split, count, eta, P, T, ADAPTS, False
     )
     scaled, plain = scaled + more_scaled, plain + more_plain
+    # The square of a finite float may not be one: where there is an infinite sum, this chunk's terms in double.
+    if tl.float64 != T and (scaled == float("inf")) | (plain == float("inf")):
+        scaled, plain = _squares(
+            address, gradient, perturbed, begin, start, 0, count, eta.to(tl.float64), P, tl.float64, ADAPTS, False
+        )
     _add_up(scaled, plain, plain, tensor, row, number, size, partials, tensor_sums, counters, tensors, out, False, 2)
 
 

@@ -1,10 +1,12 @@
 """Gradients that kernels are to take for what they are: ``python -m tests.kernels.gradients triton cpu``.
 
-Lazy views, whose memory holds other numbers, and gradients that are far from the moments before them.
+Lazy views, whose memory holds other numbers, gradients that are far from the moments before them, and large ones.
 """
 
+import itertools
 import sys
 
+import pytest
 import torch
 from torch import nn
 
@@ -51,7 +53,38 @@ def far_apart(backend: str, device: str = "cpu") -> None:
         assert error < 1e-6, f"{backend}: beta1 {beta1}: {moment[0].item()}, expected {expected}"
 
 
+def large(backend: str, device: str = "cpu") -> None:
+    """What is finite has a finite norm, also where its square is no float32: nothing is skipped, the ascent has its
+    radius, the descent is clipped.
+
+    Raises:
+        AssertionError: one of these is not so.
+    """
+    # A bfloat16 beside 0.75 is rounded by up to 0.004, a whole unit in Triton's interpreter; most move 0.1 or more.
+    dtypes, sizes = {torch.float32: 1e-5, torch.bfloat16: 3e-2}, (1e15, 1e19, 1e25, 1e37)
+    for (dtype, precision), size, adaptive in itertools.product(dtypes.items(), sizes, (False, True)):
+        slopes = torch.linspace(-1, 1, 3000, dtype=torch.float64, device=device)
+        slopes[1500:] *= 2.0**-60  # whose squares are lost beside the others
+        g = (slopes * size).to(dtype)
+        p = nn.Parameter(torch.full((3000,), 0.75, dtype=dtype, device=device))
+        optimizer = Lookbehind(
+            [p], torch.optim.SGD, lr=1.0, k=1, alpha=1.0, rho=8.0, adaptive=adaptive, max_grad_norm=4.0,
+            nonfinite="skip", backend=backend,
+        )  # fmt: skip
+        moved = []
+        for _ in optimizer.evaluations():
+            moved.append(float((p.detach().double() - 0.75).norm()))
+            p.grad = g.clone()
+        moved.append(float((p.detach().double() - 0.75).norm()))
+        what = f"{backend}: {dtype}, {size}, {'ASAM' if adaptive else 'SAM'}"
+        assert optimizer.diagnostics["skipped"] == 0, what
+        norm = float(optimizer.diagnostics["grad_norm"])
+        assert norm == pytest.approx(float(g.double().norm()), rel=1e-6), what
+        # ASAM's T is the same for all weights
+        assert moved == pytest.approx([0.0, 8.0 * (0.75 + 0.01 if adaptive else 1.0), 4.0], rel=precision), what
+
+
 if __name__ == "__main__":
-    for check in (lazy_views, far_apart):
+    for check in (lazy_views, far_apart, large):
         check(*sys.argv[1:])
     print("taken for what they are")

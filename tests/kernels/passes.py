@@ -61,6 +61,7 @@ class Case:
         listed: the parameters come as a list; otherwise by the addresses in ``table``.
         row: the bucket's own row of ``sq_norms``, filled by a pass that ascends; -1 leaves it as it is.
         broken: a gradient has a NaN, or where ``sq_norms`` are left as they are, they have an inf.
+        large: the gradients are so large that their squares, and T g, are no float32.
     """
 
     def __init__(
@@ -76,6 +77,7 @@ class Case:
         listed: bool = True,
         row: int = 1,
         broken: bool = False,
+        large: bool = False,
         seed: int = 0,
     ) -> None:
         self.name, self.dtype, self.listed = name, dtype, listed
@@ -119,6 +121,8 @@ class Case:
         }
         if flags & Flag.DERIVES and "slow" in ARGUMENTS[name]:
             everything["fast"] = everything["slow"].clone()
+        for g in everything["grads"] if large else ():
+            g.mul_(min(torch.finfo(dtype).max / 8, 4e37))  # no number is beyond 8
         if broken and row >= 0 and name in ("ascend", "descend_ascend"):
             everything["grads"][-1].view(-1)[-1] = float("nan")
         elif broken:
@@ -238,7 +242,7 @@ def blanked(buffer: Tensor, spans: list[slice]) -> Tensor:
 
 def cases(dtype: torch.dtype, name: str, rule: str, sizes: list[Any] = SIZES) -> Iterator[Case]:
     """Every way to call a pass: ASAM or not, in place or not, sums by tensor or not, the norm in it or before it, fast
-    weights read, derived or not kept, parameters listed or by address.
+    weights read, derived or not kept, parameters listed or by address; gradients whose squares are large.
     """
     scopes = (0, Flag.PER_TENSOR) if name in ("descend_align", "interpolate") else (0,)
     scaled = (0, Flag.ADAPTIVE) if name in ("reduce_sq_norm", "ascend", "descend_ascend") else (0,)
@@ -252,6 +256,9 @@ def cases(dtype: torch.dtype, name: str, rule: str, sizes: list[Any] = SIZES) ->
             options = {"apart": a, "row": row, "unkept": unkept, "listed": number % 2 == 0}
             yield Case(name, dtype, sizes, rule, scope | t | d, seed=number, **options)
             number += 1
+    for t in scaled if name == "reduce_sq_norm" else ():
+        yield Case(name, dtype, sizes, rule, t, seed=number, listed=number % 2 == 0, large=True)
+        number += 1
     if name in ("ascend", *DESCENTS):
         for broken, a, row, unkept in itertools.product((True, False), apart, rows, kept):
             options = {"apart": a, "row": row, "unkept": unkept, "listed": number % 2 == 0, "broken": broken}

@@ -73,6 +73,12 @@ MUTANTS = {
         "  for (int t = 0; t < kTerms; ++t) {\n    x[t] = 0;",
         "--passes reduce_sq_norm",
     ),
+    "an infinite sum of squares is taken as it is": (
+        "kernels.cuh",
+        "if (isinf(sums[0]) || isinf(sums[1]))",
+        "if (sums[0] < 0)",
+        "--passes reduce_sq_norm",
+    ),
     "no tail": ("memory.cuh", "i < chunk.count; i += kThreads", "i < chunk.wide; i += kThreads", "--passes ascend"),
     "every address taken for aligned": (
         "memory.cuh",

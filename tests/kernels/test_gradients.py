@@ -1,4 +1,4 @@
-"""Gradients that are lazy views, or far from the moments before them (``gradients``): the same on every backend."""
+"""Lazy views, gradients far from the moments before them, large ones (``gradients``): the same on every backend."""
 
 import os
 import subprocess
@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from tests.kernels.gradients import far_apart, lazy_views
+from tests.kernels.gradients import far_apart, large, lazy_views
 from tests.kernels.mutants import MISSING, ROOT
 
 
@@ -16,6 +16,10 @@ def test_lazy_views(backend: str) -> None:
 
 def test_far_apart(backend: str) -> None:
     far_apart(backend)
+
+
+def test_large(backend: str) -> None:
+    large(backend)
 
 
 @pytest.mark.skipif("triton" in MISSING, reason="needs triton")

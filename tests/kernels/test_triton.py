@@ -159,6 +159,11 @@ MUTANTS = {
         "    if number == count - 1:",
         *("sm90", "reduce_sq_norm"),
     ),
+    "an infinite sum of squares is taken as it is": (
+        '(scaled == float("inf")) | (plain == float("inf"))',
+        "(scaled < 0.0)",
+        *("sm90", "reduce_sq_norm"),
+    ),
     "every chunk counts the update, in place": (
         "    if number == 0:\n        if SKIPS and (INTERPOLATES or ALIGNS):\n"
         "            tl.store(steps + row, step, mask=moves)\n"
