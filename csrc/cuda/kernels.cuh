@@ -128,6 +128,39 @@ struct Descent {
   }
 };
 
+// The alignment sums of this thread's elements in double, of what their last descent has left: fast_k in the place of
+// the perturbed weights. Where fast_1 is derived, the descent has written another state than it has read, as in every
+// program.
+template <class P, class Update>
+__device__ __forceinline__ void align_again(double (&sums)[3], const Arguments& a, const Chunk<P>& chunk,
+                                            const Descent<typename Compute<P>::type, Update>& descent) {
+  using T = typename Compute<P>::type;
+  constexpr int kStates = Update::kStates;
+  double ab = 0, aa = 0, bb = 0;
+  walk(chunk, [&](auto width, int i) {
+    constexpr int N = width.value;
+    T fast_1[N], origin[N], w[N], state[kStates + 1][N];
+    read(fast_1, chunk.in(a.fast_from, i));
+    copy(origin, fast_1);
+    if (a.slow) read(origin, chunk.in(static_cast<const void*>(a.slow), i));
+    if (a.first) read(fast_1, chunk.in(a.first, i));
+    for (int s = 0; s < kStates; ++s) read(state[s], chunk.in(a.state_from[s], i));
+    if (a.perturbed)
+      read(w, chunk.in(a.perturbed, i));
+    else
+      read(w, chunk.param + i);
+    for (int j = 0; j < N; ++j) {
+      T own[kStates + 1];
+      for (int s = 0; s < kStates; ++s) own[s] = state[s][j];
+      if constexpr (Update::kDerives)
+        if (descent.derives) descent.update.derive(fast_1[j], own);
+      const double to_first = fast_1[j] - origin[j], to_last = w[j] - origin[j];
+      ab += to_first * to_last, aa += to_first * to_first, bb += to_last * to_last;
+    }
+  });
+  sums[0] = ab, sums[1] = aa, sums[2] = bb;
+}
+
 // Every pass that descends: what happens to the moved fast weights is the only difference. ``slow`` is null where
 // ``fast_from`` holds the slow weights, at inner step 1 and where the fast ones are derived.
 template <class P, class Update, Pass kPass>
@@ -184,6 +217,8 @@ LOOKBEHIND_KERNEL descend(const __grid_constant__ Arguments a) {
   });
   if constexpr (kAligns) {
     double sums[] = {double(ab), double(aa), double(bb)};
+    if constexpr (sizeof(T) < sizeof(double))
+      if (isinf(sums[1]) || isinf(sums[2])) align_again(sums, a, chunk, descent);  // as in reduce_sq_norm
     add_up(a, chunk, sums);
   }
 }

@@ -511,6 +511,41 @@ def _descend_blocks(
 
 
 @triton.jit
+def _alignment(
+    rows, chunks, perturbed, slow, fast_from, first, state_from, constants, P: tl.constexpr, T: tl.constexpr,
+    RULE: tl.constexpr, DERIVES: tl.constexpr,
+):  # fmt: skip
+    """A chunk's sums in double, of what its last descent has left: fast_k in the place of the perturbed weights. Where
+    fast_1 is derived, the descent has written another state than it has read, as in every program.
+    """
+    tl.debug_barrier()  # fast_k was written by other threads
+    _, _, _, _, begin, start, size, address = _place(rows, chunks)  # once more, else sm80 has too few registers
+    _, count = _extent(begin, size, address, address)
+    ab, aa, bb = tl.zeros([THREADS], tl.float64), tl.zeros([THREADS], tl.float64), tl.zeros([THREADS], tl.float64)
+    for offset in range(0, count, THREADS):
+        in_tensor, here = begin + offset, tl.arange(0, THREADS) < count - offset
+        at = start + in_tensor
+        given = _read(_of_buffer(fast_from, at, False), here, T, False)
+        origin, before = given, given
+        if slow is not None:
+            origin = _read(_of_buffer(slow, at, False), here, T, False)
+        if first is not None:
+            before = _read(_of_buffer(first, at, False), here, T, False)
+        elif DERIVES:
+            m0, m1, m2 = _read_state(state_from, at, here, given, T, False)
+            before = _derived(given, m0, m1, m2, constants, RULE)
+        if perturbed is None:
+            w = _read(_of_tensor(address, in_tensor, P, False), here, T, False)
+        else:
+            w = _read(_of_buffer(perturbed, at, False), here, T, False)
+        a, b = tl.where(here, before - origin, 0.0).to(tl.float64), tl.where(here, w - origin, 0.0).to(tl.float64)
+        ab += a * b
+        aa += a * a
+        bb += b * b
+    return tl.sum(ab, 0), tl.sum(aa, 0), tl.sum(bb, 0)
+
+
+@triton.jit
 def _descend(
     rows, chunks, grads, perturbed, slow, fast, fast_from, first, state, state_from, steps, steps_from, sq_norms,
     buckets, hyper, numbers, flags, done, P: tl.constexpr, T: tl.constexpr, RULE: tl.constexpr, ADAPTS: tl.constexpr,
@@ -547,7 +582,13 @@ def _descend(
         count, scale, factor, eta, alpha, moves, P, T, RULE, ADAPTS, SKIPS, DERIVES, ASCENDS, INTERPOLATES, ALIGNS,
         False,
     )  # fmt: skip
-    return ab + more_ab, aa + more_aa, bb + more_bb, tensor, row, number, size
+    ab, aa, bb = ab + more_ab, aa + more_aa, bb + more_bb
+    if ALIGNS and tl.float64 != T:  # noqa: SIM102
+        if (aa == float("inf")) | (bb == float("inf")):  # as in reduce_sq_norm
+            ab, aa, bb = _alignment(
+                rows, chunks, perturbed, slow, fast_from, first, state_from, constants, P, T, RULE, DERIVES
+            )
+    return ab, aa, bb, tensor, row, number, size
 
 
 @triton.jit(do_not_specialize=COUNTS)

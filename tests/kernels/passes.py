@@ -61,7 +61,7 @@ class Case:
         listed: the parameters come as a list; otherwise by the addresses in ``table``.
         row: the bucket's own row of ``sq_norms``, filled by a pass that ascends; -1 leaves it as it is.
         broken: a gradient has a NaN, or where ``sq_norms`` are left as they are, they have an inf.
-        large: the gradients are so large that their squares, and T g, are no float32.
+        large: gradients (reduce_sq_norm) or moves (descend_align) are so large that their squares are no float32.
     """
 
     def __init__(
@@ -121,8 +121,12 @@ class Case:
         }
         if flags & Flag.DERIVES and "slow" in ARGUMENTS[name]:
             everything["fast"] = everything["slow"].clone()
-        for g in everything["grads"] if large else ():
-            g.mul_(min(torch.finfo(dtype).max / 8, 4e37))  # no number is beyond 8
+        if large and name == "reduce_sq_norm":
+            for g in everything["grads"]:
+                g.mul_(min(torch.finfo(dtype).max / 8, 4e37))  # no number is beyond 8
+        elif large:  # what the fast weights move by, as far as the parameters can
+            for moves in everything["state_from"][:1] or everything["grads"]:
+                moves.mul_(min(torch.finfo(dtype).max / 1e3, 1e25))
         if broken and row >= 0 and name in ("ascend", "descend_ascend"):
             everything["grads"][-1].view(-1)[-1] = float("nan")
         elif broken:
@@ -242,7 +246,7 @@ def blanked(buffer: Tensor, spans: list[slice]) -> Tensor:
 
 def cases(dtype: torch.dtype, name: str, rule: str, sizes: list[Any] = SIZES) -> Iterator[Case]:
     """Every way to call a pass: ASAM or not, in place or not, sums by tensor or not, the norm in it or before it, fast
-    weights read, derived or not kept, parameters listed or by address; gradients whose squares are large.
+    weights read, derived or not kept, parameters listed or by address; squares that are no float32.
     """
     scopes = (0, Flag.PER_TENSOR) if name in ("descend_align", "interpolate") else (0,)
     scaled = (0, Flag.ADAPTIVE) if name in ("reduce_sq_norm", "ascend", "descend_ascend") else (0,)
@@ -256,8 +260,11 @@ def cases(dtype: torch.dtype, name: str, rule: str, sizes: list[Any] = SIZES) ->
             options = {"apart": a, "row": row, "unkept": unkept, "listed": number % 2 == 0}
             yield Case(name, dtype, sizes, rule, scope | t | d, seed=number, **options)
             number += 1
-    for t in scaled if name == "reduce_sq_norm" else ():
-        yield Case(name, dtype, sizes, rule, t, seed=number, listed=number % 2 == 0, large=True)
+    if rule in ("adam", "adam-amsgrad"):  # the second moment would be infinite by the large weights' decay
+        derives = (0,)
+    for t, d in itertools.product(scaled, derives) if name in ("reduce_sq_norm", "descend_align") else ():
+        options = {"unkept": bool(d), "listed": number % 2 == 0, "large": True}
+        yield Case(name, dtype, sizes, rule, t | d, seed=number, **options)
         number += 1
     if name in ("ascend", *DESCENTS):
         for broken, a, row, unkept in itertools.product((True, False), apart, rows, kept):
