@@ -108,7 +108,7 @@ class Lent:
             f"cleared ones, but {names[first]}{more} others, which are not cleared before evaluation 0 adds to "
             "them. If they are not wanted, call zero_grad() before the step or in the closure; if "
             "they are accumulated, let the closure run backward for all microbatches of the step, or use them as "
-            "evaluation 0 by ascent_step() and descent_step()"
+            "evaluation 0: optimizer.closure = the function that gives the other gradients, and step() without one"
         )
 
     def give_back(self) -> None:
