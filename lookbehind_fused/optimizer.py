@@ -28,7 +28,7 @@ from .forms import Forms
 from .parts.buffers import check_model
 from .parts.scaling import check_scaler
 from .program import Program, lookbehind
-from .tensors import check_parameters, params_and_names
+from .tensors import check_added, check_parameters, params_and_names
 
 
 class Lookbehind(Forms):
@@ -264,7 +264,7 @@ class Lookbehind(Forms):
         self.base_optimizer.add_param_group(param_group)
         try:
             check_group({**own, "params": self.param_groups[-1]["params"]}, where, keys)
-            check_parameters(*params_and_names(self.param_groups))
+            check_added(self.param_groups)
         except (TypeError, ValueError):
             self.param_groups.pop()
             raise

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from itertools import chain, pairwise
+from operator import gt, itemgetter, mul
 from typing import Any
 
 import torch
@@ -34,16 +35,18 @@ def trained(p: Tensor) -> bool:
 
 def tensors_of(groups: Iterable[dict[str, Any]]) -> list[Tensor]:
     """All parameters of an optimizer in the order of its groups."""
-    return [*chain.from_iterable([group["params"] for group in groups])]
+    return [*chain.from_iterable(map(itemgetter("params"), groups))]
 
 
-def params_and_names(groups: Iterable[dict[str, Any]]) -> tuple[list[Tensor], list[str]]:
-    """All parameters of an optimizer in the order of its groups, and what each is called in messages."""
+def params_and_names(groups: Iterable[dict[str, Any]], before: int = 0) -> tuple[list[Tensor], list[str]]:
+    """All parameters of groups in their order, and what each is called in messages; ``before``: how many parameters the
+    optimizer has before these groups.
+    """
     params, names = [], []
     for group in groups:
         known = group.get("param_names") or [None] * len(group["params"])
         for p, name in zip(group["params"], known, strict=True):
-            names.append(name_of(len(params), name, p))
+            names.append(name_of(before + len(params), name, p))
             params.append(p)
     return params, names
 
@@ -65,6 +68,18 @@ def check_parameters(params: Sequence[Tensor], names: Sequence[str]) -> None:
         if reason:
             raise ValueError(f"{name}: expected {reason}, got {describe(*layout(p)[:3])}, strides {_strides(p)}")
     _check_overlap(params, names)
+
+
+def check_added(groups: Sequence[dict[str, Any]]) -> None:
+    """As ``check_parameters``, for those of the last group, where those of the others have been accepted: Python goes
+    through these only where there is an overlap, so that thousands of groups may be added one by one.
+    """
+    params = tensors_of(groups)
+    check_parameters(*params_and_names(groups[-1:], len(params) - len(groups[-1]["params"])))
+    sizes = map(mul, map(Tensor.numel, params), map(Tensor.element_size, params))
+    spans = sorted(zip(map(Tensor.data_ptr, params), sizes, strict=True))
+    if any(map(gt, map(sum, spans), map(itemgetter(0), spans[1:]))):  # or they are of two devices
+        _check_overlap(*params_and_names(groups))
 
 
 def _unsuitable(p: Tensor) -> str | None:

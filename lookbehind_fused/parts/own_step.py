@@ -167,7 +167,7 @@ def require_no_other_hold(base: Optimizer, params: Sequence[Tensor]) -> None:
     memory = {p.untyped_storage().data_ptr() for p in params if p.numel()}
     for optimizer in _with_inner(base):
         for name, value in vars(optimizer).items():
-            for x in _tensors_in(value):
+            for x in _tensors_in(value, set()):
                 if id(x) not in known and x.layout == torch.strided and x.untyped_storage().data_ptr() in memory:
                     raise ValueError(
                         f"base_optimizer: expected one that reaches its parameters' memory through them alone, got "
@@ -176,12 +176,13 @@ def require_no_other_hold(base: Optimizer, params: Sequence[Tensor]) -> None:
                     )
 
 
-def _tensors_in(value: Any, depth: int = 4) -> Iterator[Tensor]:
+def _tensors_in(value: Any, seen: set[tuple[int, int]], depth: int = 4) -> Iterator[Tensor]:
+    """``seen``: containers that have been looked into, so that a group that stands beside each of its tensors is looked
+    into once.
+    """
     if isinstance(value, Tensor):
         yield value
-    elif isinstance(value, Mapping) and depth:
-        for entry in value.values():
-            yield from _tensors_in(entry, depth - 1)
-    elif isinstance(value, (list, tuple, set)) and depth:
-        for entry in value:
-            yield from _tensors_in(entry, depth - 1)
+    elif isinstance(value, (Mapping, list, tuple, set)) and depth and (id(value), depth) not in seen:
+        seen.add((id(value), depth))
+        for entry in value.values() if isinstance(value, Mapping) else value:
+            yield from _tensors_in(entry, seen, depth - 1)
