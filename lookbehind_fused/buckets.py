@@ -279,6 +279,11 @@ class Bucket:
         bound = self._bind(self.joined, reference, calls[index : index + 1])
         return bound[0], [by_row.get(row) for row in self.joined]
 
+    def by_reference(self, place: int) -> BoundCall:
+        """A call after the last evaluation, on the reference backend, for the gradients that were gathered."""
+        calls = lower(self.program, self.traits._replace(derives=False)) if self.irregular else self.calls
+        return bind_call(self, calls[-1][place], self.joined, reference)
+
     def _derive_fast(self) -> None:
         """Write the fast weights of inner step 1, which the calls meant to derive at inner step 2."""
         if not self.joined:

@@ -19,7 +19,7 @@ from .buckets import Bucket
 from .kernels.contract import Flag
 from .kernels.reference import finite
 from .norms import Norms
-from .program import BETWEEN, KEPT, Evaluation, Program
+from .program import BETWEEN, DESCENDED, KEPT, Evaluation, Program
 from .tensors import weights_written
 
 IDLE, OPEN, CLOSING, DONE = range(4)
@@ -87,8 +87,9 @@ class OpenStep:
 
     @property
     def due(self) -> Evaluation:
-        """The evaluation whose gradient is used next."""
-        return self.program.evaluations[self.position]
+        """The evaluation whose gradient is used next; the last one, where the step has only to be completed."""
+        evaluations = self.program.evaluations
+        return evaluations[min(self.position, len(evaluations) - 1)]
 
     def begin(self) -> None:
         """Nothing is written yet but what ``rollback`` can undo."""
@@ -244,23 +245,30 @@ class OpenStep:
 
     @torch.no_grad()
     def settle(self) -> None:
-        """Undo the step, or complete it where the last calls have begun, unless one of these cannot be."""
-        for _ in range(TRIES if self.phase == CLOSING else 0):
+        """Undo the step, or complete it where the last calls have begun, unless one of these cannot be.
+
+        Raises:
+            Exception: of what cannot be completed, where state that cannot be undone has been written: the step stays
+                open, to be settled when the cause has gone.
+        """
+        for left in reversed(range(TRIES if self.phase == CLOSING else 0)):
             try:
-                self._run_final()
+                self._run_final(by_reference=not left)
                 self.commit()
                 return
             except Exception:  # of the call itself, or of the handler of a signal
-                continue
+                if not left and any(bucket.state_names and bucket.done[DESCENDED] for bucket in self.buckets):
+                    raise
         if self.phase in (OPEN, CLOSING):
             for part in reversed(self.parts):
                 part.rollback()
             self.rewind()
             self.phase = IDLE
 
-    def _run_final(self) -> None:
+    def _run_final(self, by_reference: bool) -> None:
         """Run the last calls again, if they have not all run. With several descents none of them reads what it writes,
         nor what a later one does; with a single one, which moves the state in place, it notes that it has run.
+        ``by_reference``: on the reference backend, where that of the bucket has failed.
         """
         if self.final is None:
             return
@@ -271,7 +279,7 @@ class OpenStep:
                 continue
             for bucket, (bound, grads) in zip(self.buckets, gathered, strict=True):
                 if self.program.descents > 1 or not bucket.done[call.cell]:
-                    bound[place](grads)
+                    (bucket.by_reference(place) if by_reference else bound[place])(grads)
         weights_written()
         self.final = None
 
