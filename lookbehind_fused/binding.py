@@ -16,6 +16,8 @@ from .program import BETWEEN, Call
 if TYPE_CHECKING:
     from .buckets import Bucket
 
+SHARED, PIECE = 2**19, 2**14  # elements: fewer stay on one thread; torch's own ops share out from 2^15 on
+
 BoundCall = Callable[[Sequence[Tensor]], Any]
 """To be called with the gradients of the tensors that it was bound for."""
 
@@ -26,7 +28,7 @@ def bind_call(bucket: Bucket, call: Call, rows: tuple[int, ...], kernels: Module
         return None
     buffers = {role: bucket.memory_of(name) for role, name in call.buffers.items()}
     if call.op == "copy":
-        return lambda grads: buffers["target"].copy_(buffers["source"])
+        return lambda grads: torch._foreach_copy_(pieces(buffers["target"]), pieces(buffers["source"]))
     whole = len(rows) == len(bucket.params)
     params = bucket.params if whole else [bucket.params[row] for row in rows]
     cell = bucket.done[call.cell : call.cell + 1] if call.cell >= 0 else None
@@ -56,6 +58,14 @@ def bind_call(bucket: Bucket, call: Call, rows: tuple[int, ...], kernels: Module
     if call.op == "descend_align" and not whole and flags & Flag.PER_TENSOR:
         run = _with_nan(run, sums)
     return _with_mean(run, bucket.views(call.mean, rows), bucket.dtype) if call.mean else run
+
+
+def pieces(buffer: Tensor) -> list[Tensor]:
+    """A flat buffer for ops of torch that go over all of it: whole, or in pieces so small that torch works on them with
+    one thread, where its size is one at which the native kernels do (``Threads`` in ``csrc/ops.cpp`` says why).
+    """
+    small = buffer.device.type == "cpu" and buffer.numel() < SHARED
+    return [*buffer.split(PIECE)] if small else [buffer]
 
 
 def _needs_norm(bucket: Bucket, call: Call) -> bool:
@@ -90,7 +100,7 @@ def _load(params: list[Tensor], slow: list[Tensor], buffers: dict[str, Tensor]) 
 
     def load(grads: Sequence[Tensor]) -> None:
         if "perturbed" in buffers:
-            buffers["perturbed"].copy_(buffers["slow"])
+            torch._foreach_copy_(pieces(buffers["perturbed"]), pieces(buffers["slow"]))
         if params:
             torch._foreach_copy_(params, slow)
 

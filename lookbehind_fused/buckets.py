@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .arguments import Keys, Settings, check_group
-from .binding import BoundCall, bind_call
+from .binding import BoundCall, bind_call, pieces
 from .kernels import reference
 from .kernels.contract import Column, Flag, Hyper, RuleId
 from .kernels.schema import tensor_table
@@ -143,7 +143,7 @@ class Bucket:
         """Begin an outer step."""
         self.done.zero_()
         for name in self.program.means:
-            self.buffers[name].zero_()
+            torch._foreach_zero_(pieces(self.buffers[name]))
         self.rows: tuple[int, ...] | None = None  # those with a gradient, while they are the same in the whole step
         self.joined: tuple[int, ...] = ()  # those that have had a gradient in this step
         self.updated: set[int] | None = None  # those that the base has updated, if not the joined ones

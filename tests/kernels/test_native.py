@@ -5,10 +5,12 @@ What the optimizer does with them is tested elsewhere, for every backend alike.
 
 import hashlib
 import inspect
+import itertools
 import os
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ from tests.kernels.passes import DESCENTS, DTYPES, OPS, SIZES, VARIANTS, Case, c
 from tests.sampling import sample
 from tests.test_tensors import OPTIONS, parameters
 from tests.test_tensors import RULES as BASES
+from tests.twin import BASES as TWINS
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -288,6 +291,50 @@ def test_the_number_of_threads_changes_no_bit(name: str, dtype: torch.dtype) -> 
                     assert_equal(f"{name}: {key}", a, e)
     torch.set_num_threads(2)
     case.check()
+
+
+# a base, a form, a dtype, options: every kind of work beside the passes too
+THREADED: list[tuple[str, str, torch.dtype, dict[str, Any]]] = [
+    ("SGD", "step", torch.float64, {"ascent_gradient": "previous"}),
+    ("momentum", "evaluations", torch.bfloat16, {"microbatches": 2}),
+    ("Adam", "pairs", torch.float32, {"alpha": "adaptive", "max_grad_norm": 1.0}),
+    ("AdamW", "step", torch.float32, {"nonfinite": "skip", "adaptive": True}),
+    ("Lister", "evaluations", torch.float32, {"alpha": "adaptive"}),
+]
+
+
+def count_threads() -> None:
+    """In a process of its own: prints how many threads each warm step has added to it, over 32 tensors of which no op
+    of torch needs more than one: at first steps over a little less than 2^19 elements, then over that many.
+    """
+    steps = []
+    torch.set_num_threads(1)
+    for each, (base, form, dtype, options) in itertools.product((2**14 - 64, 2**14), THREADED):
+        make, settings = TWINS[base]
+        params, grad = [nn.Parameter(torch.ones(each).to(dtype)) for _ in range(32)], torch.ones(each).to(dtype)
+        optimizer = Lookbehind(params, make, k=3, backend="native", **options, **settings)
+
+        def evaluate(index: int, params: list[nn.Parameter] = params, grad: Tensor = grad) -> Tensor:
+            for p in params:
+                p.grad = grad
+            return grad
+
+        steps.append(partial(drive, optimizer, form, evaluate, 3))
+        steps[-1]()
+    before = len(os.listdir("/proc/self/task"))
+    torch.set_num_threads(2)
+    for step in steps:
+        step()
+        print(len(os.listdir("/proc/self/task")) - before)
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs Linux to count threads")
+def test_small_work_stays_on_one_thread() -> None:
+    """Below 2^19 elements a step takes no other thread, whatever is in it; from there on it takes both."""
+    code = "from tests.kernels.test_native import count_threads as go; go()"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["0"] * len(THREADED) + ["1"] * len(THREADED)
 
 
 # ---- instruction sets ------------------------------------------------------------------------------------------------
