@@ -50,6 +50,7 @@ def main() -> int:
             "launches per gradient evaluation": launches,
             "gradients that are lazy views, or far from the moments": gradients,
             "a gradient that is not finite undoes the step, without a wait": undone,
+            "a scaler's overflow undoes the step, also under Lookahead, without a wait": scaled,
         }.items():
             check(f"{backend}: {what}", lambda action=action, backend=backend: action(backend))
     if not BACKENDS_BY_NAME["cuda"].why_not():
@@ -239,6 +240,41 @@ def undone(backend: str) -> str:
                     raise AssertionError(
                         f"{base[0].__name__}, k {k}, alpha {alpha}, {dtype}, broken {broken}: tensor {i}"
                     )
+    return f"{len(ways)} settings, each evaluation of them"
+
+
+def scaled(backend: str) -> str:
+    """Four steps of which the second overflows are the other three, to the last bit; the scale is halved once."""
+    ways = list(itertools.product(BASES, (1, 2, 3), (None, 2)))
+    for base, k, inner_steps in ways:
+        for broken in range(k + 1):
+            found = []
+            for steps in ((0, 1, 2, 3), (0, 2, 3)):
+                params = [nn.Parameter(torch.linspace(-1, 1, n, device="cuda")) for n in (5, 3000)]
+                scaler = torch.amp.GradScaler("cuda", init_scale=2.0**10, growth_interval=100)
+                optimizer: Any = Lookbehind(params, base[0], k=k, rho=0.1, scaler=scaler, backend=backend, **base[1])
+                if inner_steps:
+                    optimizer = Lookahead(optimizer, inner_steps, 0.3)
+                for step in steps:
+                    overflows = [step == 1 and index == broken for index in range(k + 1)]
+
+                    def closure(
+                        params: Any = params, scaler: Any = scaler, step: int = step, overflows: Any = overflows
+                    ) -> None:
+                        loss = sum((0.15 * p.square() + (1 + step) * p).sum() for p in params)
+                        scaler.scale(loss * float("inf") if overflows.pop(0) else loss).backward()
+
+                    torch.cuda.set_sync_debug_mode("error" if step in (1, 2) else "default")
+                    scaler.step(optimizer, closure)
+                    scaler.update()
+                    torch.cuda.set_sync_debug_mode("default")
+                if scaler.get_scale() != (512 if 1 in steps else 1024):
+                    raise AssertionError(f"{base[0].__name__}, k {k}, overflow at {broken}: {scaler.get_scale()}")
+                state = [value for entry in optimizer.state.values() for value in entry.values()]
+                found.append([*params, *state, torch.tensor(getattr(optimizer, "inner_step", 0))])
+            for i, (a, b) in enumerate(zip(*found, strict=True)):
+                if not torch.equal(a, b):
+                    raise AssertionError(f"{base[0].__name__}, k {k}, overflow at {broken}, {inner_steps}: tensor {i}")
     return f"{len(ways)} settings, each evaluation of them"
 
 
