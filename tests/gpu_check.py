@@ -51,6 +51,7 @@ def main() -> int:
             "gradients that are lazy views, or far from the moments": gradients,
             "a gradient that is not finite undoes the step, without a wait": undone,
             "a scaler's overflow undoes the step, also under Lookahead, without a wait": scaled,
+            "a model that is moved to the GPU and back between steps": moved,
         }.items():
             check(f"{backend}: {what}", lambda action=action, backend=backend: action(backend))
     if not BACKENDS_BY_NAME["cuda"].why_not():
@@ -186,6 +187,40 @@ def whole_steps(backend: str) -> str:
                 raise AssertionError(f"{base[0].__name__} {settings} {dtype}: {error:.1e} > {bound:.1e}")
             worst = max(worst, error if dtype == torch.float32 else 0.0)
     return f"{len(step_cases())} settings, largest error in float32 {worst:.1e}"
+
+
+def along(places: list[str], backend: str, base: Any, settings: dict[str, Any]) -> Tensor:
+    """The weights after a step in each place that the model is moved to; without settings, torch's own steps."""
+    torch.manual_seed(0)
+    model, (make, own) = nn.Sequential(nn.Linear(70, 130), nn.Linear(130, 3)).double(), base
+    optimizer = Lookbehind(model.parameters(), make, **settings, **own) if settings else make(model.parameters(), **own)
+    for step, place in enumerate(places):
+        model.to(place)
+        if settings:
+            optimizer.backend = "auto" if place == "cpu" else backend
+        if make is torch.optim.RMSprop:  # a base that runs its own step has state that torch moves when it is loaded
+            optimizer.load_state_dict(optimizer.state_dict())
+        for index in (evaluation.index for evaluation in optimizer.evaluations()) if settings else (1,):
+            for p in model.parameters():
+                slope = torch.linspace(-1, 1 + step, p.numel(), dtype=p.dtype).view_as(p).to(place)
+                p.grad = (0.3 + 0.1 * index) * p.detach() + slope
+        if not settings:
+            optimizer.step()
+    return torch.cat([p.detach().flatten() for p in model.parameters()]).cpu()
+
+
+def moved(backend: str, there: str = "cuda") -> str:
+    """As if it had stayed, with torch's own step and with Lookbehind's."""
+    bases = [*BASES, (torch.optim.RMSprop, {"lr": 0.01, "momentum": 0.5})]
+    places = ["cpu", "cpu", there, there, "cpu", there]
+    for base in bases:
+        for settings, stays in (({"rho": 0.0, "k": 1, "alpha": 1.0}, {}), ({"k": 3, "alpha": "adaptive"},) * 2):
+            found = along(places, backend, base, settings)
+            expected = along(["cpu"] * len(places), "reference", base, stays)
+            error = float((found - expected).abs().max() / expected.abs().max())
+            if not error <= 1e-12:
+                raise AssertionError(f"{base[0].__name__} {settings}: {error:.1e} > 1e-12")
+    return f"{len(bases)} bases"
 
 
 def same_bits(backend: str) -> str:

@@ -1,6 +1,9 @@
-"""A model that is given another dtype between two steps goes on there with its state, as with torch.optim."""
+"""A model that is given another dtype or other memory between two steps goes on there with its state, as with
+torch.optim.
+"""
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -8,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from lookbehind_fused import SAM, Lookbehind
-from tests.conftest import drive, error
-from tests.twin import BASES, METHODS, WITHOUT_PAIRS
+from tests.conftest import assert_same_state, drive, error
+from tests.twin import BASES, METHODS, WITHOUT_PAIRS, Twin, scaled_apart, two_groups
 
 WAYS: dict[str, list[torch.dtype]] = {  # the dtype of each step
     "double": [torch.float32] * 2 + [torch.float64] * 4,
@@ -74,6 +77,140 @@ def test_to_16_bits(backend: str, base: str) -> None:
     assert float((found[0] - start).abs().max()) > 0.05
     # three times rounded: the weights themselves once, gradients to 2^-9 of theirs, of which lr makes less
     assert error(found[1], found[0]) < 2 * torch.finfo(torch.bfloat16).eps
+
+
+# ---- other memory ----------------------------------------------------------------------------------------------------
+
+
+def emptied_and_loaded(model: nn.Module) -> None:
+    saved = copy.deepcopy(model.state_dict())
+    model.to_empty(device="cpu")
+    model.load_state_dict(saved)
+
+
+def swapped(model: nn.Module) -> None:
+    """As torch may do it in a later version: other tensors, in the same objects."""
+    model.zero_grad()
+    before = torch.__future__.get_swap_module_params_on_conversion()
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    model._apply(torch.clone)
+    torch.__future__.set_swap_module_params_on_conversion(before)
+
+
+def flattened(model: nn.Module) -> None:
+    """All side by side in one memory, none at its beginning."""
+    buffer = torch.full((3 + sum(p.numel() for p in model.parameters()),), torch.nan, dtype=torch.float64)
+    start = 3
+    for p in model.parameters():
+        p.data = buffer[start : start + p.numel()].view_as(p).copy_(p.data)
+        start += p.numel()
+
+
+def transposed(model: nn.Module) -> None:
+    """The last dimension of each is the outermost one in memory."""
+    for p in model.parameters():
+        if p.dim() > 1:
+            p.data = p.data.t().clone(memory_format=torch.contiguous_format).t()
+            p.grad = None
+
+
+PLACES: dict[str, Callable[[nn.Module], Any]] = {
+    "to its device": lambda model: model.to("cpu"),
+    "applied": lambda model: model._apply(torch.clone),
+    "to shared memory": lambda model: model.share_memory(),
+    "to_empty, load_state_dict": emptied_and_loaded,
+    "swapped": swapped,
+    "one by one": lambda model: [setattr(p, "data", p.data.clone()) for p in [*model.parameters()][1:]],
+    "flattened": flattened,
+    "transposed": transposed,
+}
+
+
+@pytest.mark.sample(40)
+@pytest.mark.parametrize("form", ["step", "evaluations", "pairs"])
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("method", METHODS)
+def test_other_memory_between_steps(backend: str, method: str, base: str, place: str, form: str) -> None:
+    """The same values in another place: weights and state as if nothing had moved, to the last bit, but for sums in
+    another order.
+    """
+    if form == "pairs" and method in WITHOUT_PAIRS:
+        pytest.skip("it has no such pairs")
+    make, settings = BASES[base]
+    found, moved = [], False
+    for moves in (lambda model: None, PLACES[place]):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)).double()
+        optimizer = METHODS[method](model.parameters(), make, rho=0.1, backend=backend, **settings)
+
+        def evaluate(index: int, model: nn.Module = model) -> Tensor:
+            for number, p in enumerate(model.parameters()):
+                p.grad = (0.3 + 0.1 * number) * p.detach() + torch.linspace(-1, 1 + index, p.numel()).view_as(p)
+            return torch.zeros(())
+
+        for step in range(6):
+            if step in (2, 4):  # between two rounds of Lookahead
+                addresses = [p.data_ptr() for p in model.parameters()]
+                moves(model)
+                moved |= [p.data_ptr() for p in model.parameters()] != addresses
+            drive(optimizer, form, evaluate, getattr(optimizer, "optimizer", optimizer).k)
+        found.append([[p.detach() for p in model.parameters()], optimizer.state_dict()["state"]])
+    assert moved == (place != "to its device")
+    if place != "transposed":
+        assert_same_state(found[1], found[0])
+    for p, q in zip(found[0][0], found[1][0], strict=True):
+        assert error(q, p) < 1e-13
+
+
+@pytest.mark.parametrize("form", ["step", "evaluations", "pairs"])
+@pytest.mark.parametrize("groups", [two_groups, scaled_apart], ids=["one bucket", "several"])
+@pytest.mark.parametrize("base", BASES)
+def test_a_parameter_without_memory_is_refused(backend: str, base: str, groups: Callable, form: str) -> None:
+    """By name, before the others move; with its memory it goes on."""
+    twin = Twin(backend, base, groups=groups, form=form)
+    twin.step()
+    twin.step()
+    twin.optimizer.zero_grad()
+    p, without = twin.params[2], nn.Parameter(torch.empty((), dtype=torch.float64, device="meta"))
+    before = copy.deepcopy([[p.detach() for p in twin.params], twin.optimizer.state_dict()["state"]])
+    torch.utils.swap_tensors(p, without)
+    with pytest.raises(ValueError, match=r"^parameter 2 .*: expected a tensor with memory, not on the meta device"):
+        drive(twin.optimizer, form, twin.evaluate, twin.optimizer.k)
+    torch.utils.swap_tensors(p, without)
+    assert_same_state([[p.detach() for p in twin.params], twin.optimizer.state_dict()["state"]], before)
+    twin.optimizer.zero_grad()
+    twin.step()
+    twin.step()
+
+
+def test_a_model_that_has_got_other_parameters(backend: str) -> None:
+    """Those of before have no gradients any more: said in words, where torch would do nothing."""
+    for replaces in (
+        lambda model: nn.init.zeros_(model.to("meta").to_empty(device="cpu").bias),
+        lambda model: model.load_state_dict(copy.deepcopy(model.state_dict()), assign=True),
+    ):
+        model = nn.Linear(3, 2)
+        optimizer = Lookbehind(model.parameters(), torch.optim.Adam, lr=0.1, backend=backend)
+
+        def closure(model: nn.Module = model) -> Tensor:
+            model.zero_grad()
+            loss = model(torch.ones(1, 3)).square().sum()
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+        params = [*model.parameters()]
+        before = [copy.deepcopy(p.detach()) for p in params]
+        replaces(model)
+        assert not any(p is q for p in params for q in model.parameters())
+        with pytest.raises(RuntimeError, match="expected a backward that gives parameters their gradients"):
+            optimizer.step(closure)
+        assert_same_state([p.detach() for p in params], before)
+        optimizer.param_groups[0]["params"] = [*model.parameters()]
+        nn.init.ones_(model.weight)
+        optimizer.step(closure)
+        assert not torch.equal(model.weight, torch.ones(2, 3))
 
 
 def test_another_shape_is_refused(backend: str) -> None:
