@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from copy import deepcopy
 from itertools import chain
-from operator import is_, itemgetter
+from operator import attrgetter, is_, itemgetter
 from typing import Any
 
 from torch import Tensor
@@ -14,7 +14,7 @@ from .arguments import Keys
 from .rules import Rule
 from .tensors import tensors_of, trained
 
-_members = itemgetter("params")
+_members, _kind = itemgetter("params"), attrgetter("dtype", "device")
 
 
 def _switches(group: Mapping[str, Any], rule: Rule) -> tuple:
@@ -43,6 +43,9 @@ class Watch:
         # Of one dimension, another stride at the same address would leave gaps, or show in the shape of the gradient.
         self._strided = [p for p in self.tensors if p.dim() > 1]
         self._strides = [*map(Tensor.stride, self._strided)]
+        # Of no elements, all are at the same address.
+        self._empty = [p for p in self.tensors if not p.numel()]
+        self._kinds_of_empty = [*map(_kind, self._empty)]
         self._scaled = deepcopy([*map(self._adaptive, groups)])  # a list may be changed in place
         self._kinds = [_switches(group, rule) for group in groups]
         self.values = [*map(self._read, groups)]
@@ -65,6 +68,7 @@ class Watch:
             and scaled == self._scaled
             and [*map(Tensor.data_ptr, tensors)] == self.addresses
             and [*map(Tensor.stride, self._strided)] == self._strides
+            and [*map(_kind, self._empty)] == self._kinds_of_empty
             and not (self._others and any(map(trained, self._others)))
         ):
             return False

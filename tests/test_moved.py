@@ -52,6 +52,25 @@ def test_another_dtype_between_steps(backend: str, method: str, base: str, way: 
         assert error(q, p) < 3e-5  # Adam's steps of lr, with moments of the size of float32's rounding, are not far off
 
 
+@pytest.mark.sample(12)
+@pytest.mark.parametrize("form", ["step", "evaluations", "pairs"])
+@pytest.mark.parametrize("shape", [(5,), (1,), (), (2, 3), (0,), (2, 0)])
+@pytest.mark.parametrize("base", [base for base in BASES if base != "RMSprop"])
+def test_another_dtype_of_one_tensor(backend: str, base: str, shape: tuple[int, ...], form: str) -> None:
+    """Alone: all go on, to the precision that it has for a while."""
+    twin = Twin(backend, base, shapes=[(4,), shape], form=form)
+    p, q = twin.params[1], twin.theirs[1]
+    for dtype in (torch.float64, torch.float32, torch.float32, torch.float64):
+        nn.ParameterList([p]).to(dtype)
+        drive(twin.optimizer, form, twin.evaluate, 2)
+        twin.paper()
+        twin.steps += 1
+        for a, b in zip(twin.params, twin.theirs, strict=True):
+            assert error(a, b) < 3e-5
+        assert p.dtype == dtype
+        assert set(twin.optimizer.state.get(p) or {}) == {k for k, v in twin.other.state[q].items() if v is not None}
+
+
 @pytest.mark.parametrize("base", ["momentum", "Adam", "RMSprop"])
 def test_to_16_bits(backend: str, base: str) -> None:
     """State goes on in float32, from which weights of 16 bits are rounded: they stay within a few roundings of those
