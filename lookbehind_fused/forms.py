@@ -138,7 +138,7 @@ class Forms(Loop):
         check_scaler(value)
         self._scaler = value
         if value is not None:
-            scale_of(value, self.param_groups[0]["params"][0].device)
+            scale_of(value, self._device())
 
     @property
     def _step_supports_amp_scaling(self) -> bool:

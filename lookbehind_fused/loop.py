@@ -93,6 +93,10 @@ class Loop(Saved):
                 "restore them with abort_step()"
             )
 
+    def _device(self) -> torch.device:
+        """That of the first parameter."""
+        return next(p.device for group in self.param_groups for p in group["params"])
+
     def _check(self) -> None:
         """Refuse a step that cannot begin, before anything else happens.
 
@@ -126,7 +130,7 @@ class Loop(Saved):
         scale, scaler, parts = self.loss_scale, self._scaler, list[Part]()
         around = None if self._around is None else self._around()
         if scaler is not None and scaler.is_enabled():
-            scaling = Scaling(scaler, self.param_groups[0]["params"][0].device, self._report, (self, around))
+            scaling = Scaling(scaler, self._device(), self._report, (self, around))
             settings, scale = self._settings_scaled, scaling.scale * scale
             parts.append(scaling)
         prepared.for_step(program, settings, scale, self.backend)
