@@ -21,7 +21,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from .arguments import GROUP_DEFAULTS, check_bool, check_group, check_int, check_number, check_numbers
 from .kernels import Flag, reference
 from .kernels.schema import tensor_table
-from .tensors import check_parameters, describe, layout, name_of, weights_written
+from .tensors import describe, layout, parameters_of, weights_written
 
 Batches = Iterable[Any]
 LossFunction = Callable[[Tensor, Tensor], Tensor]
@@ -126,7 +126,7 @@ def noise_robustness(
     check_numbers("levels", levels)
     check_int("samples", samples, 1)
     check_int("seed", seed, 0)
-    params = [p for p in _parameters(model) if p.is_floating_point()]
+    params = [p for p in parameters_of(model) if p.is_floating_point()]
     bar = _bar(progress, "noise robustness")
     generator = torch.Generator().manual_seed(seed)
     with _left_as_it_was(model) as kept, torch.no_grad():
@@ -239,20 +239,8 @@ def _expanded(x: Tensor) -> bool:
     return x.layout == torch.strided and any(n > 1 and step == 0 for n, step in zip(x.shape, x.stride(), strict=True))
 
 
-def _parameters(model: nn.Module) -> list[Tensor]:
-    """All parameters of the model, each of a kind that the passes can take."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected a torch.nn.Module, got {model!r}")
-    named = list(model.named_parameters())
-    if not named:
-        raise ValueError("model: expected a module with parameters, got one with none")
-    params = [p for _, p in named]
-    check_parameters(params, [name_of(i, name, p) for i, (name, p) in enumerate(named)])
-    return params
-
-
 def _trainable(model: nn.Module) -> list[Tensor]:
-    params = [p for p in _parameters(model) if p.requires_grad]
+    params = [p for p in parameters_of(model) if p.requires_grad]
     if not params:
         raise ValueError("model: expected a parameter that requires a gradient, got none")
     return params

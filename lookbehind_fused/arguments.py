@@ -96,13 +96,13 @@ def check_settings(
     check_int("k", k, 1)
     if alpha != "adaptive" and not (is_number(alpha) and 0 < alpha <= 1):
         raise wrong("alpha", 'a number in (0, 1] or "adaptive"', alpha, (numbers.Real, str))
-    _check_choice("alpha_scope", alpha_scope, "global", "tensor")
-    _check_choice("rho_scope", rho_scope, "step", "total")
+    check_choice("alpha_scope", alpha_scope, "global", "tensor")
+    check_choice("rho_scope", rho_scope, "step", "total")
     if max_grad_norm is not None and not (is_number(max_grad_norm) and 0 < max_grad_norm < math.inf):
         raise wrong("max_grad_norm", "None or a finite number > 0", max_grad_norm, (numbers.Real,))
-    _check_choice("nonfinite", nonfinite, "propagate", "skip")
+    check_choice("nonfinite", nonfinite, "propagate", "skip")
     check_int("microbatches", microbatches, 1)
-    _check_choice("ascent_gradient", ascent_gradient, "current", "previous")
+    check_choice("ascent_gradient", ascent_gradient, "current", "previous")
     check_bool("reuse_gradient", reuse_gradient)
     check_bool("same_randomness", same_randomness)
     if ascent_gradient == "previous" and (microbatches > 1 or not reuse_gradient):
@@ -110,11 +110,6 @@ def check_settings(
             "ascent_gradient: expected 'current' with microbatches or reuse_gradient=False, which evaluate gradients "
             "for the ascent, got 'previous'"
         )
-
-
-def _check_choice(name: str, value: Any, *choices: str) -> None:
-    if value not in choices:
-        raise wrong(name, " or ".join(f'"{choice}"' for choice in choices), value, (str,))
 
 
 def check_loss_scale(value: Any) -> None:
@@ -163,6 +158,12 @@ def check_bool(name: str, value: Any) -> None:
     """Refuse anything but True and False."""
     if not isinstance(value, bool):
         raise TypeError(f"{name}: expected True or False, got {value!r}")
+
+
+def check_choice(name: str, value: Any, *choices: str) -> None:
+    """Refuse anything but one of the choices."""
+    if value not in choices:
+        raise wrong(name, " or ".join(f'"{choice}"' for choice in choices), value, (str,))
 
 
 def check_int(name: str, value: Any, least: int) -> None:

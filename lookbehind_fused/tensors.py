@@ -51,6 +51,22 @@ def params_and_names(groups: Iterable[dict[str, Any]], before: int = 0) -> tuple
     return params, names
 
 
+def parameters_of(model: torch.nn.Module) -> list[Tensor]:
+    """All parameters of a model, each of a kind that the kernels can take.
+
+    Raises:
+        TypeError, ValueError: it is not a module, has no parameter, or one that ``check_parameters`` refuses.
+    """
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {model!r}")
+    named = list(model.named_parameters())
+    if not named:
+        raise ValueError("model: expected a module with parameters, got one with none")
+    params = [p for _, p in named]
+    check_parameters(params, [name_of(i, name, p) for i, (name, p) in enumerate(named)])
+    return params
+
+
 def check_parameters(params: Sequence[Tensor], names: Sequence[str]) -> None:
     """Refuse what the kernels cannot take.
 
