@@ -1,11 +1,12 @@
-"""What sharpness-aware training is for, measured: sharpness, robustness to noise in the weights, and how the gradients
-of Lookbehind's ascent agree.
+"""What sharpness-aware training is for, measured: sharpness, robustness to noise in the weights, how the gradients of
+Lookbehind's ascent agree, and what a forward pass in 16 bits sees of an ascent.
 
-Every function takes a model and an iterable of batches ``(inputs, targets)`` that may be gone through again, such as a
-``DataLoader``; inputs and targets are tensors whose first dimension counts examples, and are moved to the device of the
-model's first parameter. The model is measured in eval mode: BatchNorm uses its running statistics, dropout is off.
-Whatever happens, an exception or an interrupt included, the model is left as it was, bit for bit: weights, buffers,
-gradients, ``requires_grad``, the mode of each submodule; so is torch's global random state. That takes a copy of them.
+Every function but ``effective_perturbation`` takes a model and an iterable of batches ``(inputs, targets)`` that may be
+gone through again, such as a ``DataLoader``; inputs and targets are tensors whose first dimension counts examples, and
+are moved to the device of the model's first parameter. The model is measured in eval mode: BatchNorm uses its running
+statistics, dropout is off. Whatever happens, an exception or an interrupt included, the model is left as it was, bit
+for bit: weights, buffers, gradients, ``requires_grad``, the mode of each submodule; so is torch's global random state.
+That takes a copy of them.
 """
 
 from __future__ import annotations
@@ -21,7 +22,17 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from .arguments import GROUP_DEFAULTS, check_bool, check_group, check_int, check_number, check_numbers
 from .kernels import Flag, reference
 from .kernels.schema import tensor_table
+from .rounding import EffectivePerturbation, effective_perturbation
 from .tensors import describe, layout, parameters_of, weights_written
+
+__all__ = [
+    "EffectivePerturbation",
+    "effective_perturbation",
+    "estimate_statistics",
+    "gradient_alignment",
+    "noise_robustness",
+    "sharpness",
+]
 
 Batches = Iterable[Any]
 LossFunction = Callable[[Tensor, Tensor], Tensor]

@@ -144,6 +144,8 @@ def test_everything_else_is_the_same(ambient: str, backend: str) -> None:
                 analysis.sharpness(model, loss, data, radii=[0.1]),
                 analysis.noise_robustness(model, data, levels=[0.1], samples=2),
                 analysis.gradient_alignment(model, loss, data, rho=0.1, k=2),
+                analysis.effective_perturbation(model, rho=0.1),
+                analysis.effective_perturbation(model, rho=0.1, direction="random"),
             ]
             saved = io.BytesIO()
             torch.save(model_optimizer.state_dict(), saved)
