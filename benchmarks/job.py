@@ -5,6 +5,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -94,7 +95,13 @@ class Job:
 
     def loss(self, batch: Tensor) -> Tensor:
         """Mean cross entropy, 0-dim, over the training images with these indices."""
-        return F.cross_entropy(self.forward(self.data.train_images[batch]), self.data.train_labels[batch])
+        with self.autocast():
+            return F.cross_entropy(self.forward(self.data.train_images[batch]), self.data.train_labels[batch])
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Around the forward passes that train."""
+        dtype = self.options.autocast
+        return torch.autocast(self.device.type, getattr(torch, dtype)) if dtype else nullcontext()
 
     def train(
         self,
@@ -198,7 +205,9 @@ class Job:
         compiled = torch.compile(self.model)
         batch = torch.arange(self.batch_size, device=self.device)
         try:
-            F.cross_entropy(compiled(self.data.train_images[batch]), self.data.train_labels[batch]).backward()
+            with self.autocast():
+                loss = F.cross_entropy(compiled(self.data.train_images[batch]), self.data.train_labels[batch])
+            loss.backward()
         except Exception as error:  # torch.compile may fail with anything
             raise UserError(
                 f"--compile: torch.compile failed (is there a C++ compiler?): {first_line(error)}"

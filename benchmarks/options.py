@@ -143,6 +143,10 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("where and with what").add_argument
     add("--device", default="cpu", metavar="D", help="torch device: cpu, cuda, cuda:1, ...")
     add("--backend", default="auto", metavar="B", help="Lookbehind's kernels; auto takes the fastest for the device")
+    add(
+        "--autocast", choices=("bfloat16", "float16"),
+        help="train under torch.autocast, without scaling the loss; evaluated in float32 (default: off)",
+    )  # fmt: skip
     add("--compile", action="store_true", help="torch.compile the network; needs a C++ compiler (default: off)")
     add(
         "--threads",
@@ -184,6 +188,6 @@ def settings(options: argparse.Namespace) -> dict[str, Any]:
 def as_flag(name: str, value: Any) -> str:
     """An option as one would type it."""
     flag = "--" + name.replace("_", "-")
-    if isinstance(value, bool):
+    if isinstance(value, bool) or value is None:
         return flag if value else f"no {flag}"
     return f"{flag} {','.join(value) if isinstance(value, list) else value}"

@@ -82,18 +82,16 @@ def test_it_is_what_an_ascent_leaves_to_be_cast(backend, own, adaptive):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "expected"), [(torch.bfloat16, (0.15, 0.31, 3.2)), (torch.float16, (0.56, 0.79, 1.3))], ids=str
+    ("dtype", "expected"), [(torch.bfloat16, (0.1535, 0.3117, 3.2)), (torch.float16, (0.556, 0.7897, 1.266))], ids=str
 )
 def test_of_a_random_direction_little_is_left(dtype, expected):
-    """A million weights in place of ten, with the same perturbation of each: rho = 0.05 for ten millions. The seed that
-    torch was given is the direction's too, which is another one than the weights all the same.
-
-    The figures have two digits, half of the last of which is up to 0.02 of the number; those of another million weights
-    differ by 0.003 of them.
+    """A million weights in place of ten, with the same perturbation of each: rho = 0.05 for ten millions. Other weights
+    give figures that differ by up to 0.006 of them. The seed that torch was given is the direction's too, which is
+    another one than the weights all the same.
     """
     weights = Weights(0.045 * torch.randn(1_000_000))
     found = effective_perturbation(weights, rho=0.05 / math.sqrt(10), dtype=dtype, direction="random")
-    assert found == pytest.approx(expected, rel=0.03)
+    assert found == pytest.approx(expected, rel=0.01)
     assert found.cosine * found.length_ratio == pytest.approx(1, abs=0.02)  # rounding is noise around the eps meant
 
 

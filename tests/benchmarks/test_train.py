@@ -387,6 +387,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
         flags(batch_size=17),
         flags(label_noise=0.3),
         flags(depth=2),
+        flags(autocast="bfloat16"),
     ],
     ids=" ".join,
 )
@@ -398,6 +399,21 @@ def test_options_of_asam_and_adaptive_alpha_change_the_result(tmp_path, no_pictu
     assert not same(run(tmp_path / "a", "--asam"), run(tmp_path / "b", "--asam", "--eta", "1"))
     adaptive = run(tmp_path / "c", method="lookbehind-adaptive")
     assert not same(adaptive, run(tmp_path / "d", "--alpha-scope", "tensor", method="lookbehind-adaptive"))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_autocast_is_around_what_trains_alone(dtype):
+    """The weights, their gradients and the loss stay in float32; accuracy and sharpness are measured there."""
+    job = Job(options.parse([*SMALL, "--autocast", dtype])[0])
+    seen = []
+    job.model.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    loss = job.loss(job.batch(0))
+    loss.backward()
+    assert loss.dtype == job.model.stem.weight.dtype == job.model.stem.weight.grad.dtype == torch.float32
+    assert seen == [getattr(torch, dtype)]
+    job.test_accuracy()
+    job.sharpness([0.1], adaptive=False)
+    assert set(seen[1:]) == {torch.float32}
 
 
 def test_evaluations_are_counted_where_they_happen(tmp_path, no_picture, monkeypatch):
@@ -663,6 +679,7 @@ OTHER_SETTINGS = [
     (["--asam"], "no --asam, not --asam"),
     (["--data", "cifar10"], "--data digits, not --data cifar10"),
     (["--limit", "99"], "--limit 100, not --limit 99"),
+    (["--autocast", "bfloat16"], "no --autocast, not --autocast bfloat16"),
 ]
 
 
