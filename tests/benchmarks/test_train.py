@@ -26,7 +26,7 @@ from benchmarks.job import Job
 from benchmarks.methods import METHODS
 from benchmarks.models import ResidualNetwork
 from benchmarks.train import __main__ as train
-from benchmarks.train import plots
+from benchmarks.train import plots, rounding
 from tests.benchmarks.test_data import write_cifar10, write_idx
 
 # What one process has trained serves all tests of this file.
@@ -490,6 +490,29 @@ def test_a_diverged_run_ends_and_says_so(tmp_path, capfd):
     assert " nan " in capfd.readouterr().out
     assert json.loads((tmp_path / "run/results.json").read_text())["summary"][0]["final_loss"] is None
     assert (tmp_path / "run/curves.png").stat().st_size > 10_000
+
+
+# What 16 bits leave
+
+
+def test_training_with_and_without_autocast_is_compared(monkeypatch, capsys):
+    """One short run of each kind: accuracies, their difference, and a line for each radius."""
+    monkeypatch.setattr(rounding, "METHODS", {"sgd": (0.0,)})
+    # four channels in channels_last are too few for oneDNN, which corrupts memory there (torch 2.13)
+    assert rounding.main([*SMALL, "--width", "8", "--epochs", "1", "--seeds", "1"]) == 0
+    accuracies, curve = capsys.readouterr().out.split("\n\n")
+    plain, cast, difference = (float(cell.split("±")[0]) for cell in accuracies.splitlines()[2].split("|")[3:6])
+    assert difference == pytest.approx(cast - plain, abs=0.11)  # each is rounded to a tenth
+    assert 5 < plain <= 100
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in curve.splitlines()]
+    assert [float(row[0]) for row in rows[2:]] == [*rounding.RADII]
+    assert {len(row) for row in rows} == {2 + 3 * len(rounding.DTYPES)}
+    cosines = [float(row[3]) for row in rows[2:]]
+    assert cosines == sorted(cosines)
+    assert cosines[0] < 0.5 < 0.9 < cosines[-1]
+    with pytest.raises(SystemExit):
+        rounding.main(["--data", "cifar10"])
+    assert capsys.readouterr().err.startswith("benchmarks.train.rounding: --data")
 
 
 # Kills. Each run is a process forked from a server that has everything imported, so that many of them are cheap.
