@@ -74,7 +74,7 @@ def curve(job: Job) -> Iterator[tuple[str, ...]]:
     for rho in RADII:
         found = [analysis.effective_perturbation(job.model, rho=rho, dtype=dtype, cast=cast) for dtype in DTYPES]
         figures = [f"{share:.0%} | {cosine:.2f} | {ratio:.2f}" for share, cosine, ratio in found]
-        yield f"{rho:g}", f"{rho / length:.4f}", *figures
+        yield f"{rho:g}", f"{rho / length:.2g}", *figures
 
 
 def spread(fractions: Sequence[float]) -> str:
