@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from torch import Tensor
+from torch.optim.lr_scheduler import LRScheduler
+
 from .arguments import Keys, check_fraction, check_group
 from .lookahead import Lookahead
 from .optimizer import Lookbehind
 from .wrappers import unwrapped
 
 
-class LambdaSchedule:
+class LambdaSchedule(LRScheduler):
     """rho and alpha as functions of how often ``step()`` was called, as ``LambdaLR`` has it for the learning rate::
 
         schedule = LambdaSchedule(optimizer, rho=lambda step: min(1.0, step / 1000), alpha=lambda step: 0.5)
@@ -25,7 +28,9 @@ class LambdaSchedule:
         alpha: the slow step size, in (0, 1] or "adaptive" (of ``Lookahead``, where it is given that, in (0, 1]); None
             leaves it alone.
 
-    The values for 0 are set at once, the later ones by ``step()``; new values compile nothing again.
+    The values for 0 are set at once, the later ones by ``step()``; new values compile nothing again. It is one of
+    torch's ``LRScheduler``, which trainers ask for, and leaves learning rates and ``optimizer.step`` alone. What
+    trainers wrap around the optimizer will do for ``optimizer``.
 
     Raises:
         TypeError: ``optimizer`` has no rho, or a schedule is not a function.
@@ -49,17 +54,30 @@ class LambdaSchedule:
         self.keys = Keys.of(method.base_optimizer)
         self.initial_rho = [group[self.keys.rho] for group in method.param_groups]
         self.steps = 0
+        self._step_count = 1  # Accelerate counts it up
         self._set(0)
 
-    def step(self) -> None:
-        """Set the values for one step more.
+    def step(self, epoch: int | None = None) -> None:
+        """Set the values for one step more, or for the step ``epoch``.
 
         Raises:
             ValueError: a schedule gave what rho or alpha cannot be; nothing is changed.
             RuntimeError: there are other parameter groups than at the beginning.
         """
-        self._set(self.steps + 1)
-        self.steps += 1
+        steps = self.steps + 1 if epoch is None else epoch
+        self._set(steps)
+        self.steps = steps
+
+    @property
+    def last_epoch(self) -> int:  # type: ignore[override]
+        """How many steps there were, as torch's schedulers call it."""
+        return self.steps
+
+    def get_last_lr(self) -> list[float | Tensor]:
+        """The learning rates of the groups, which others set."""
+        return [group["lr"] for group in self.optimizer.param_groups]
+
+    get_lr = get_last_lr
 
     def _set(self, steps: int) -> None:
         groups = self.optimizer.param_groups

@@ -115,3 +115,20 @@ def test_what_it_does_not_take() -> None:
     optimizer.add_param_group({"params": [torch.ones(2, requires_grad=True)]})
     with pytest.raises(RuntimeError, match="^param_groups: expected the 1 groups that there were"):
         schedule.step()
+
+
+def test_it_is_one_of_torchs_schedulers() -> None:
+    problem = Problem()
+    optimizer = SAM(problem.params, torch.optim.SGD, lr=0.1, rho=0.2)
+    schedule = LambdaSchedule(optimizer, rho=lambda step: 1 + step)
+    assert isinstance(schedule, torch.optim.lr_scheduler.LRScheduler)
+    assert "step" not in vars(optimizer)
+    other = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)
+    both = torch.optim.lr_scheduler.ChainedScheduler([other, schedule], optimizer)
+    optimizer.step(problem.evaluate)
+    both.step()
+    assert (optimizer.param_groups[0]["rho"], optimizer.param_groups[0]["lr"]) == (0.4, 0.05)
+    assert schedule.get_last_lr() == both.get_last_lr() == [0.05]
+    schedule.step(4)
+    assert schedule.last_epoch == schedule.steps == 4
+    assert optimizer.param_groups[0]["rho"] == pytest.approx(1.0)
