@@ -41,7 +41,7 @@ def unwrapped(optimizer: Any) -> Any:
         own = vars(optimizer) if isinstance(optimizer, Optimizer) else {}
         if INSIDE in own:
             optimizer = own[INSIDE]
-        elif type(optimizer).__name__ == "AcceleratedOptimizer":
+        elif any(kind.__name__ == "AcceleratedOptimizer" for kind in type(optimizer).__mro__):
             optimizer = own["optimizer"]
         else:
             return optimizer

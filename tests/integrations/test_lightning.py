@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import itertools
 import warnings
 from pathlib import Path
 from typing import Any
@@ -227,7 +228,7 @@ def test_a_training_step_that_returns_none_skips_the_step() -> None:
         ):
             warnings.filterwarnings("ignore", ".*training_step` returned `None`")
             train(module, 1, *callbacks, callback)
-        moved = [not torch.equal(a, b) for a, b in zip(every, every[1:], strict=False)]
+        moved = [not torch.equal(a, b) for a, b in itertools.pairwise(every)]
         assert moved[:6] == [True, False, False, False, True, True]
 
 
