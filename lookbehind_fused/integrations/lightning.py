@@ -15,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 
 class WholeSteps(Callback):
-    """Steps of ``Lookbehind`` and its family in Lightning's automatic optimization, exact with accumulated microbatches,
+    """Steps of ``Lookbehind`` and its family in Lightning's automatic optimization: exact with accumulated batches,
     clipping and a ``GradScaler``, and logged once::
 
         trainer = Trainer(accumulate_grad_batches=4, gradient_clip_val=1.0, callbacks=[WholeSteps()])
