@@ -9,13 +9,14 @@ VENV   := .venv
 PY     := $(VENV)/bin/python
 PIP    := $(PY) -m pip --disable-pip-version-check
 READY  := $(VENV)/.ready
-CODE   := setup.py lookbehind_fused benchmarks tests
+WITH_TRAINERS := $(VENV)/.trainers
+CODE   := setup.py lookbehind_fused benchmarks examples tests
 CPP    := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.inc csrc/*/*.cu csrc/*/*.cuh tests/*/*.cpp)
 CXX    ?= g++
 
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
-.PHONY: help setup train compare test test-all fuzz bench gpu-check sanitize dist-check check format clean
+.PHONY: help setup train compare test test-all trainers fuzz bench gpu-check sanitize dist-check check format clean
 
 # An interpreter that was asked for by name must be the one in .venv; otherwise any that .venv has will do.
 VERSION := import sys; print("%d.%d" % sys.version_info[:2])
@@ -36,7 +37,7 @@ setup: $(READY)  ## make .venv and install everything into it (the second time t
 	@echo "$(VENV) is ready"
 
 # Threads that wait are to sleep: where other programs share the cores, spinning ones cost ten times the time.
-train compare test test-all fuzz: export OMP_WAIT_POLICY ?= PASSIVE
+train compare test test-all trainers fuzz: export OMP_WAIT_POLICY ?= PASSIVE
 
 train: $(READY)  ## run the main job; ARGS="--help" lists its options
 	@$(PY) -m benchmarks.train $(ARGS)
@@ -49,6 +50,9 @@ test: $(READY)  ## run what a change needs: of large tables a sample, another on
 
 test-all: $(READY)  ## run every test: 45 CPU minutes
 	@$(PY) -m pytest -n auto --dist loadgroup --all $(ARGS)
+
+trainers: $(WITH_TRAINERS)  ## run the tests of Lightning, Fabric, Hugging Face, Accelerate, skorch, which it installs first
+	@$(PY) -m pytest -n auto --dist loadgroup tests/integrations $(ARGS)
 
 fuzz: $(READY)  ## ten thousand random walks over the interface: 15 CPU minutes; ARGS="--first N" takes others
 	@$(PY) -m tests.fuzz $(ARGS)
@@ -107,3 +111,10 @@ $(READY): constraints.txt pyproject.toml setup.py $(wildcard csrc/*.* csrc/cpu/*
 	@echo "installing the rest"
 	@$(PIP) install -qq --no-build-isolation -c constraints.txt -e '.[train,dev]'
 	@echo "$(CURDIR)" > $(READY)
+
+# A stamp of its own: only who asks for the trainers has them installed.
+$(WITH_TRAINERS): $(READY)
+	@rm -f $(WITH_TRAINERS)
+	@echo "installing the trainers"
+	@$(PIP) install -qq --no-build-isolation -c constraints.txt -e '.[trainers]'
+	@touch $(WITH_TRAINERS)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,6 @@ from torch.nn.functional import cross_entropy
 pytest.importorskip("accelerate", reason="accelerate is not installed: make trainers")
 
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState, PartialState
 from torch.utils.data import DataLoader, TensorDataset
 
 from lookbehind_fused import SAM, LambdaSchedule, Lookahead
@@ -32,14 +30,6 @@ from tests.integrations.plain import (
 )
 
 pytestmark = [pytest.mark.filterwarnings("ignore:::accelerate"), pytest.mark.xdist_group("transformers")]
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerator() -> Iterator[None]:
-    """Accelerate keeps its state in the process."""
-    yield
-    for state in (AcceleratorState, GradientState, PartialState):
-        state._reset_state()
 
 
 class Run:
