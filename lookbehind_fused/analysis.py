@@ -306,9 +306,11 @@ def _ascend(
     sq_norms = torch.zeros(len(reached), 2, dtype=torch.float64, device="cpu")
     flags = Flag.ADAPTIVE * adaptive
     for row, ((p, g, w), table) in enumerate(zip(reached, tables, strict=True)):
-        reference.reduce_sq_norm([p], [g], w, table, hyper, flags, sq_norms, row)
+        of_one = torch.zeros(1, 2, dtype=torch.float64, device=p.device)
+        reference.reduce_sq_norm([p], [g], w, table, hyper, flags, of_one, 0)
+        sq_norms[row] = of_one[0]
     for (p, g, w), table in zip(reached, tables, strict=True):
-        reference.ascend([p], [g], w, None, table, sq_norms, -1, hyper, flags)
+        reference.ascend([p], [g], w, None, table, sq_norms.to(p.device), -1, hyper, flags)
     weights_written()
 
 

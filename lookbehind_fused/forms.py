@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from .arguments import check_closure, check_takes_evaluation
 from .loop import Loop
 from .open_step import OpenStep
-from .parts.scaling import Scaling, check_scaler, scale_of
+from .parts.scaling import Scaling, check_scaler, is_stepping, scale_of
 from .program import Evaluation
 
 
@@ -41,7 +41,8 @@ class Forms(Loop):
             ValueError: gradients cannot be given, since ``ascent_gradient``, ``microbatches`` or ``same_randomness``
                 needs another evaluation than theirs.
             RuntimeError: no gradients are there to be used, an evaluation after the first leaves none, a step is open
-                already, or a ``GradScaler`` calls that this optimizer does not know.
+                already, a ``GradScaler`` calls that is not ``scaler``, or with a ``scaler`` gradients were given by
+                another call than ``scaler.step(optimizer)``.
 
         Where the closure leaves no gradients at evaluation 0, as where a trainer skips a minibatch, the step is skipped
         with a warning. Whatever is raised, by the closure or here, also by the handler of a signal at any moment: the
@@ -106,6 +107,11 @@ class Forms(Loop):
                 "step(): expected gradients of evaluation 0 to be there, since no closure was given, but there are "
                 "none but the last step's; call backward() before it, or step(closure)"
             )
+        if self._scaler is not None and self._scaler.is_enabled() and not is_stepping(self._scaler):
+            raise RuntimeError(
+                "step(): expected to be called by scaler.step(optimizer), which looks at the gradients that are there, "
+                "with the scaler that the optimizer was given; it was called by another, or by none"
+            )
         self._note_scale(step)
 
     def _note_scale(self, step: OpenStep) -> None:
@@ -154,13 +160,15 @@ class Forms(Loop):
             marked: on which the scaler has left its attributes.
 
         Raises:
-            RuntimeError: there is no ``scaler``.
+            RuntimeError: ``scaler`` is None, disabled, or another.
         """
-        if self._scaler is None:
+        own = self._scaler
+        if own is None or not own.is_enabled() or not is_stepping(own):
             for name in ("grad_scale", "found_inf"):
                 vars(marked).pop(name, None)
+            came = "None" if own is None else "another" if own.is_enabled() else "one that is disabled"
             raise RuntimeError(
-                "scaler: expected the GradScaler whose step() calls this optimizer, got None; a step evaluates "
+                f"scaler: expected the GradScaler whose step() calls this optimizer, got {came}; a step evaluates "
                 "gradients of its own, which it has to unscale: Lookbehind(..., scaler=scaler) or optimizer.scaler = "
                 "scaler"
             )

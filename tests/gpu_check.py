@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lookbehind_fused import ASAM, Lookahead, Lookbehind, MultistepSAM
+from lookbehind_fused import ASAM, Lookahead, Lookbehind, MultistepSAM, analysis
 from lookbehind_fused.kernels import BACKENDS as BACKENDS_BY_NAME
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -54,6 +54,7 @@ def main() -> int:
             "a model that is moved to the GPU and back between steps": moved,
         }.items():
             check(f"{backend}: {what}", lambda action=action, backend=backend: action(backend))
+    check("analysis finds on the GPU what it finds on the CPU", analysed)
     if not BACKENDS_BY_NAME["cuda"].why_not():
         check("cuda: compute-sanitizer finds nothing", sanitized)
     for name, shapes in sets().items():
@@ -311,6 +312,30 @@ def scaled(backend: str) -> str:
                 if not torch.equal(a, b):
                     raise AssertionError(f"{base[0].__name__}, k {k}, overflow at {broken}, {inner_steps}: tensor {i}")
     return f"{len(ways)} settings, each evaluation of them"
+
+
+def analysed(there: str = "cuda") -> str:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(288, 5))
+    model.double().eval()
+    batch, loss_fn = (torch.randn(64, 3, 8, 8).double(), torch.arange(64) % 5), nn.functional.cross_entropy
+    found = []
+    for device in ("cpu", there):
+        model.to(device)
+        figures = [
+            analysis.sharpness(model, loss_fn, [batch], radii=[0.05, 0.5], m=16, adaptive=adaptive)
+            for adaptive in (False, True)
+        ]
+        figures += [analysis.gradient_alignment(model, loss_fn, [batch], rho=0.05, k=3).flatten()]
+        figures += [analysis.noise_robustness(model, [batch], levels=[0.0, 0.1]).flatten().double()]
+        model.zero_grad()
+        loss_fn(model(batch[0].to(device)), batch[1].to(device)).backward()
+        figures += [torch.tensor(analysis.effective_perturbation(model, rho=0.05)).double()]
+        found.append(torch.cat([x.cpu() for x in figures]))
+    error = float((found[0] - found[1]).abs().max())
+    if not error <= 1e-9:
+        raise AssertionError(f"{found[0]} on the CPU, {found[1]} on the GPU")
+    return f"{len(found[0])} figures, largest difference {error:.1e}"
 
 
 def sanitized() -> str:

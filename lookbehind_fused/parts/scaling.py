@@ -101,6 +101,11 @@ def scale_of(scaler: GradScaler, device: torch.device) -> Tensor:
     return scaler.scale(torch.ones((), dtype=torch.float32, device=device))
 
 
+def is_stepping(scaler: GradScaler) -> bool:
+    """Whether it has been handed an optimizer since its last ``update()``, as when its ``step()`` calls."""
+    return bool(scaler._per_optimizer_states)
+
+
 def is_unscaled(scaler: GradScaler, optimizer: Any) -> bool:
     """Whether ``unscale_`` was called on an optimizer since the last ``update()``. Nothing public says so."""
     states = scaler._per_optimizer_states

@@ -76,13 +76,6 @@ def given_unscaled(job: Job, optimizer: Any) -> None:
     job.scaler.step(optimizer)
 
 
-def given_to_optimizer(job: Job, optimizer: Any) -> None:
-    optimizer.closure = job.closure
-    optimizer.zero_grad()
-    job.closure()
-    optimizer.step()
-
-
 def in_a_loop(job: Job, optimizer: Any) -> None:
     for _ in optimizer.evaluations():
         job.closure()
@@ -121,7 +114,6 @@ FORMS: dict[str, tuple[Callable[[Job, Any], None], Make, tuple[int, float, bool]
     "optimizer.step(closure)": (by_optimizer, LOOKBEHIND, (2, 0.4, True)),
     "scaler.step(optimizer)": (given_to_scaler, LOOKBEHIND, (2, 0.4, True)),
     "unscale_": (given_unscaled, LOOKBEHIND, (2, 0.4, True)),
-    "optimizer.step()": (given_to_optimizer, LOOKBEHIND, (2, 0.4, True)),
     "evaluations": (in_a_loop, LOOKBEHIND, (2, 0.4, True)),
     "pairs": (in_pairs, LOOKBEHIND, (2, 0.4, False)),
     "SAM": (by_scaler, SAM_1, (1, 1.0, True)),
@@ -419,6 +411,34 @@ def test_a_scaler_that_is_none(backend: str, value: Any) -> None:
     with pytest.raises(TypeError, match=r"^scaler: expected a torch\.amp\.GradScaler or None, got "):
         optimizer.scaler = value
     assert optimizer.scaler is None
+
+
+@pytest.mark.parametrize("form", ["closure", "given", "by none"])
+def test_another_scaler_is_refused(backend: str, form: str) -> None:
+    """It has scaled by its own scale, and would not hear of an overflow; a copy of the optimizer has such a one."""
+    job = Job(torch.amp.GradScaler("cpu", init_scale=2.0**16))
+    own = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    optimizer = SAM(job.params, torch.optim.SGD, lr=0.1, scaler=own, backend=backend)
+    before = job.values()
+    if form == "closure":
+        with pytest.raises(RuntimeError, match="^scaler: expected the GradScaler whose step.. calls .* got another"):
+            job.scaler.step(optimizer, job.closure)
+        assert job.index == 0
+    else:
+        optimizer.closure = job.closure
+        job.closure()
+        with pytest.raises(RuntimeError, match=r"^step\(\): expected to be called by scaler\.step\(optimizer\)"):
+            optimizer.step() if form == "by none" else job.scaler.step(optimizer)
+        assert job.index == 1
+    assert all(map(torch.equal, job.params, before))
+    disabled = SAM(
+        job.params, torch.optim.SGD, lr=0.1, scaler=torch.amp.GradScaler("cpu", enabled=False), backend=backend
+    )
+    other = torch.amp.GradScaler("cpu")
+    other.scale(torch.ones(()))
+    with pytest.raises(RuntimeError, match="got one that is disabled"):
+        other.step(disabled, job.closure)
+    assert all(map(torch.equal, job.params, before))
 
 
 def test_a_scaler_is_not_changed_inside_a_step(backend: str) -> None:
