@@ -20,7 +20,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins.precision import MixedPrecision
 
-from lookbehind_fused import LambdaSchedule, Lookbehind
+from lookbehind_fused import LambdaSchedule, Lookahead, Lookbehind
 from lookbehind_fused.integrations.lightning import WholeSteps
 from tests.integrations.plain import (
     GAMMA,
@@ -210,6 +210,48 @@ def test_it_goes_on_from_a_checkpoint_in_mid_epoch(accumulation: int, precision:
     assert_same_weights(resumed.model, whole.model)
     assert_same_losses(rest.steps, losses.steps[7:])
     assert resumed.lr_schedulers().get_last_lr() == pytest.approx([0.05 * GAMMA**STEPS])
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_ddp(accumulation: int) -> None:
+    """In one process: what is not reduced before the last microbatch is reduced with it."""
+    plain, module = Plain(accumulation, 0.5), Module()
+    train(module, 1, WholeSteps(), accumulate_grad_batches=accumulation, gradient_clip_val=0.5, strategy="ddp")
+    assert_same_weights(module.model, plain.model)
+    assert module.model.evaluations == plain.model.evaluations
+
+
+@pytest.mark.parametrize("precision", ["32", "16"])
+def test_lookahead_around_it(precision: str) -> None:
+    """Against its own loop, for which microbatches of a step are one batch."""
+
+    class Around(Module):
+        def configure_optimizers(self) -> Any:
+            self.optimizer = Lookahead(make_optimizer(self.model), k=3)
+            return self.optimizer
+
+    scaler, plugins = None, []
+    if precision == "16":
+        plugins = [MixedPrecision("16-mixed", "cpu", scaler=torch.amp.GradScaler("cpu", init_scale=2.0**19))]
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**19)
+    dtype = torch.float32 if scaler else torch.float64
+    module, plain = Around(dtype=dtype), Model(dtype)
+    train(module, 1, WholeSteps(), accumulate_grad_batches=2, plugins=plugins)
+    optimizer = Lookahead(make_optimizer(plain, scaler=scaler), k=3)
+    batches = microbatches(2, dtype) * 2
+    for i in range(0, len(batches), 2):
+
+        def closure(i: int = i) -> None:
+            for inputs, targets in batches[i : i + 2]:
+                with torch.autocast("cpu", torch.float16, enabled=scaler is not None):
+                    loss = cross_entropy(plain(inputs), targets) / 2
+                (loss if scaler is None else scaler.scale(loss)).backward()
+
+        optimizer.step(closure)
+        if scaler is not None:
+            scaler.update()
+    assert_same_weights(module.model, plain)
+    assert module.optimizer.inner_step == optimizer.inner_step
 
 
 @pytest.mark.filterwarnings("ignore:.training_step. returned")

@@ -96,6 +96,25 @@ def test_it_goes_on_from_a_checkpoint_in_mid_epoch(accumulation: int, tmp_path: 
     assert_same_weights(resumed.module_, plain.model)
 
 
+def test_gradients_are_told_of_once_an_evaluation() -> None:
+    told: list[float] = []
+
+    class Listens(Callback):
+        def on_grad_computed(self, net: Any, named_parameters: Any, **kwargs: Any) -> None:
+            told.append(next(iter(named_parameters))[1].grad.norm().item())
+
+    make_net(Net, accumulation=2, callbacks=[Listens()]).fit(*data(2))
+    assert len(told) == STEPS * 3
+    assert len(set(told)) == len(told)
+
+
+def test_training_that_begins_anew_begins_a_step() -> None:
+    """What was interrupted within one is forgotten."""
+    net = make_net(Net, accumulation=2, callbacks=[StopsAt(3)]).fit(*data(2))
+    net.fit(*data(2))
+    assert_same_weights(net.module_, Plain(2).model)
+
+
 def test_a_net_can_be_copied() -> None:
     net = make_net(Net, accumulation=2).fit(*data(2))
     assert callable(net.optimizer_.closure)
