@@ -360,11 +360,14 @@ class Walk(Twin):
         p.data = p.data.clone()
 
     def other_format(self) -> None:
-        """Dimensions in another order in memory, somewhere in a larger one."""
+        """Dimensions in another order in memory: somewhere in a larger one, or where the tensor is."""
         for p in self.params:
-            order = tuple(self.random.sample(range(p.dim()), p.dim()))
-            if self.random.random() < 0.5:
-                p.data = dense(p.data, order, self.random.randint(0, 3))
+            other = dense(p.data, tuple(self.random.sample(range(p.dim()), p.dim())), self.random.randint(0, 3))
+            where = self.random.choice(["stays", "elsewhere", "here"])
+            if where == "elsewhere":
+                p.data = other
+            elif where == "here":
+                p.data = p.data.as_strided(p.shape, other.stride()).copy_(other)
 
     def other_dtype(self) -> None:
         """Of all tensors, or of some, as a model does it. The other side goes on from the same weights, so that no more
