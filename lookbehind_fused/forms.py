@@ -275,7 +275,7 @@ class Forms(Loop):
             self._run_post_hooks()
 
     def abort_step(self) -> None:
-        """Abandon the open outer step: weights and base state become what they were before it. No-op without one."""
+        """Abandon the open outer step, if there is one: it is undone, or completed where its last pass has begun."""
         if self._now.open is not None:
             self._settle(self._now.open)
 
