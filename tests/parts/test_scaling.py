@@ -417,6 +417,7 @@ def test_a_scaler_that_is_none(backend: str, value: Any) -> None:
 def test_another_scaler_is_refused(backend: str, form: str) -> None:
     """It has scaled by its own scale, and would not hear of an overflow; a copy of the optimizer has such a one."""
     job = Job(torch.amp.GradScaler("cpu", init_scale=2.0**16))
+    job.scaler.scale(torch.ones(()))
     own = torch.amp.GradScaler("cpu", init_scale=2.0**10)
     optimizer = SAM(job.params, torch.optim.SGD, lr=0.1, scaler=own, backend=backend)
     before = job.values()
