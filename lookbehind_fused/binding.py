@@ -29,8 +29,8 @@ def bind_call(bucket: Bucket, call: Call, rows: tuple[int, ...], kernels: Module
     buffers = {role: bucket.memory_of(name) for role, name in call.buffers.items()}
     if call.op == "copy":
         return lambda grads: torch._foreach_copy_(pieces(buffers["target"]), pieces(buffers["source"]))
-    whole = len(rows) == len(bucket.params)
-    params = bucket.params if whole else [bucket.params[row] for row in rows]
+    whole = len(rows) == len(bucket.shards)
+    params = bucket.shards if whole else [bucket.shards[row] for row in rows]
     cell = bucket.done[call.cell : call.cell + 1] if call.cell >= 0 else None
     if call.op == "load":
         return _load(params, bucket.views("slow", rows), buffers)

@@ -25,6 +25,7 @@ from .kernels.schema import tensor_table
 from .norms import Norms
 from .program import KEPT, Call, Calls, Program, Traits, buffers_of, lower, working
 from .rules import Rule
+from .shards import is_sharded, placed_like, placement, shard, shards, shards_like, whole
 from .tensors import ROUNDED, compute_dtype, describe, layout
 
 ALIGNMENT = 64  # bytes
@@ -54,6 +55,10 @@ class Bucket:
         adaptive: whether their ascent is scaled.
         base: the optimizer in whose ``state`` the buffers of ``rule`` are published.
         kernels: the backend.
+
+    Attributes:
+        params: the tensors. shards: what of them is here, plain memory: the tensors themselves, unless they are sharded
+            over ranks (``shards``).
     """
 
     def __init__(
@@ -63,11 +68,14 @@ class Bucket:
         self.number, self.groups, self.adaptive = number, groups, adaptive
         self.base, self.rule, self.keys, self.kernels = base, rule, Keys.of(base), kernels
         self.indices, self.names, self.params = ([*column] for column in list(zip(*members, strict=True))[:3])
+        self.sharded = is_sharded(self.params[0])
+        self.shards = shards(self.params) if self.sharded else self.params
+        self.placements = [*map(placement, self.params)]
         self.device, self.dtype = self.params[0].device, self.params[0].dtype
         self.buffer_dtype = compute_dtype(self.dtype)
-        self.layouts = [layout(p) for p in self.params]
+        self.layouts = [layout(p) for p in self.shards]
         self.all_rows = tuple(range(len(members)))
-        self.table, self.size = flat_layout(self.params, self.buffer_dtype, [member.group for member in members])
+        self.table, self.size = flat_layout(self.shards, self.buffer_dtype, [member.group for member in members])
         group = next(iter(groups.values()))
         self.rule_id, self.state_names, self.can_derive = rule.id(group), rule.state(group), rule.derives(group)
         self.own_flags = int(rule.flags(group) + Flag.ADAPTIVE * adaptive)
@@ -88,8 +96,10 @@ class Bucket:
 
     def point(self) -> None:
         """Note where the parameters are, and keep that memory: passes reach it by address until the next step."""
-        self.memory = [p.detach() for p in self.params]
-        self.addresses = [*map(Tensor.data_ptr, self.params)]
+        if self.sharded:
+            self.shards = shards(self.params)
+        self.memory = [p.detach() for p in self.shards]
+        self.addresses = [*map(Tensor.data_ptr, self.shards)]
         self.table[:, Column.ADDRESS] = torch.tensor(self.addresses, dtype=torch.int64, device="cpu")
         self.bound_for = {}
 
@@ -116,7 +126,7 @@ class Bucket:
             numbers.copy_(now.pin_memory() if numbers.is_cuda else now, non_blocking=True)
 
     def bind(self, program: Program, settings: Settings, norms: Norms, alone: bool) -> None:
-        """Have the calls of a program bound to this bucket's memory."""
+        """Have the calls of a program bound to this bucket's memory. ``alone``: nobody else has a part in the norms."""
         per_tensor = Flag.PER_TENSOR * (settings.alpha_scope == "tensor")
         flags = int(self.own_flags + per_tensor + Flag.SKIPS * settings.skips)
         traits = Traits(
@@ -171,7 +181,10 @@ class Bucket:
         if not self.entries:
             self._allocate({*self.state_names})
             steps = self.counts["steps"].unbind() if self.rule.counted else ()
-            own = [{name: self.view(name, row) for name in self.state_names} for row in self.all_rows]
+            own = [
+                {name: whole(self.view(name, row), self.params[row]) for name in self.state_names}
+                for row in self.all_rows
+            ]
             self.entries = [{"step": steps[row], **own[row]} if steps else own[row] for row in self.all_rows]
         for row, (p, mine) in enumerate(zip(self.params, self.entries, strict=True)):
             published = self.base.state.get(p)
@@ -184,14 +197,14 @@ class Bucket:
         self.counts["steps"][row] = 0  # may have counted updates while there was no state
         if row not in self.untouched:
             for view in self.entries[row].values():
-                view.zero_()
+                shard(view).zero_()
             self.untouched.add(row)
 
     def _copy_state(self, row: int, published: dict[str, Any]) -> None:
         for name, view in self.entries[row].items():
             value = published.get(name)
             if value is None:
-                view.zero_()
+                shard(view).zero_()
             elif not isinstance(value, Tensor) or value.shape != view.shape:
                 came = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
                 raise ValueError(
@@ -199,7 +212,7 @@ class Bucket:
                     f"{tuple(view.shape)}, got {came}"
                 )
             elif value is not view:
-                view.copy_(value)
+                shard(view).copy_(shard(placed_like(value, view)))
         if not self.rule.counted:
             self.counts["steps"][row] = 1
         self._publish(row)
@@ -224,7 +237,7 @@ class Bucket:
         """Every tensor that took part gets its slow weights back, wherever it is now."""
         if self.done[KEPT]:
             for row in self.joined:
-                self.params[row].detach().copy_(self.view("slow", row))
+                self.shards[row].detach().copy_(self.view("slow", row))
 
     # ---- gradients ----
 
@@ -232,7 +245,7 @@ class Bucket:
         """The bound calls that follow evaluation ``index``, and the gradients to call them with: those that are there,
         or those ``given``.
         """
-        if self.params[0].data_ptr() != self.addresses[0]:  # where a model was moved, and not a tensor
+        if self.shards[0].data_ptr() != self.addresses[0]:  # where a model was moved, and not a tensor
             self.require_unmoved()
         rows = self.all_rows
         if given is None:
@@ -242,6 +255,8 @@ class Bucket:
         else:
             rows = tuple([row for row, p in enumerate(self.params) if p in given])
             grads = [given[self.params[row]] for row in rows]
+        if self.sharded:
+            grads = shards_like(grads, [self.params[row] for row in rows])
         self.reached = bool(rows)
         if rows is not self.rows and rows != self.rows:
             if self.rows is not None:
@@ -295,7 +310,7 @@ class Bucket:
     def _join(self, rows: tuple[int, ...]) -> None:
         """Tensors whose first gradient of the step comes after evaluation 0 are still at their slow weights."""
         if rows:
-            params = [self.params[row] for row in rows]
+            params = [self.shards[row] for row in rows]
             for name in sorted({"slow", "fast", "first", "perturbed"} & self.buffers.keys()):
                 torch._foreach_copy_(self.views(name, rows), params)
             for name in self.state_names if self.program.descents > 1 else ():
@@ -317,9 +332,10 @@ class Bucket:
         Raises:
             RuntimeError: a parameter was moved since then.
         """
-        if [*map(Tensor.data_ptr, self.params)] == self.addresses:
+        now = shards(self.params) if self.sharded else self.params
+        if [*map(Tensor.data_ptr, now)] == self.addresses:
             return
-        for row, (p, address) in enumerate(zip(self.params, self.addresses, strict=True)):
+        for row, (p, address) in enumerate(zip(now, self.addresses, strict=True)):
             if p.data_ptr() != address:
                 raise RuntimeError(
                     f"{self.names[row]} was moved inside an open step: expected {describe(*self.layouts[row][:3])} in "
@@ -333,7 +349,7 @@ class Bucket:
             RuntimeError: a gradient is sparse or of another dtype, or a parameter has another shape in the same memory.
         """
         for row, grad in zip(self.joined, grads, strict=True):
-            p = self.params[row]
+            p = self.shards[row]
             if p.shape != self.layouts[row][0]:
                 raise RuntimeError(
                     f"{self.names[row]} was replaced between two steps: expected {describe(*self.layouts[row][:3])}, "

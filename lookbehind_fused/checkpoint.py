@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from .arguments import Keys, Settings, check_group, check_settings
 from .rules import NO_RULE, rule_of
+from .shards import is_sharded, placed_like
 from .tensors import ROUNDED, params_and_names, tensors_of
 from .wrappers import Wrappable
 
@@ -93,7 +94,7 @@ class Saved(Wrappable):
         params = tensors_of(self.param_groups)
         previous = state_dict.get(OWN, {}).get("previous", [None] * len(params))
         pairs = [(p, g) for p, g in zip(params, previous, strict=True) if g is not None]
-        self._previous.kept = {p: g.detach().to(p.device, p.dtype, copy=True) for p, g in pairs}
+        self._previous.kept = {p: placed_like(g.detach().to(p.device, p.dtype, copy=True), p) for p, g in pairs}
         for hook in self._optimizer_load_state_dict_post_hooks.values():
             hook(self)
 
@@ -158,7 +159,16 @@ class Saved(Wrappable):
 
     def __getstate__(self) -> dict[str, Any]:
         self.require_closed("copying or pickling the optimizer")
-        kept = ("base_optimizer", "defaults", *self.SETTINGS, "loss_scale", "_scaler", "buffers_at_slow", "backend")
+        kept = (
+            "base_optimizer",
+            "defaults",
+            *self.SETTINGS,
+            "loss_scale",
+            "_scaler",
+            "buffers_at_slow",
+            "model",
+            "backend",
+        )
         return {**{name: getattr(self, name) for name in kept}, "previous": self._previous.kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -166,7 +176,8 @@ class Saved(Wrappable):
             self.require_closed("__setstate__()")
             self.base_optimizer.__setstate__(state)
             return
-        super().__setstate__({name: value for name, value in state.items() if name != "previous"})
+        elsewhere = ("previous", "model")  # of parts of the optimizer
+        super().__setstate__({name: value for name, value in state.items() if name not in elsewhere})
         keep_when_loading(self.base_optimizer)
 
 
@@ -174,7 +185,7 @@ class Saved(Wrappable):
 
 
 def keep_when_loading(base: Optimizer) -> None:
-    """Let ``base.load_state_dict`` keep three things that torch would not.
+    """Let ``base.load_state_dict`` keep three things that torch would not, and place state as sharded parameters are.
 
     The float32 state of bf16 and fp16 parameters, which torch casts to the parameter's dtype; rho, adaptive and eta of
     each group when the loaded groups, written by a plain torch optimizer, do not have them; and the dict that is given,
@@ -206,3 +217,5 @@ def _after_loading(base: Optimizer) -> None:
             was_cast = isinstance(value, Tensor) and value.dtype != base.state[p][key].dtype
             if was_cast and p.dtype in ROUNDED:
                 base.state[p][key] = value.detach().to(p.device)
+            if is_sharded(p) and isinstance(value, Tensor) and value.dim() and value.shape == p.shape:
+                base.state[p][key] = placed_like(base.state[p][key], p)

@@ -8,15 +8,18 @@ from types import NoneType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from .arguments import check_closure, check_takes_evaluation
+from .elsewhere import check_model
 from .loop import Loop
 from .open_step import OpenStep
 from .parts.scaling import Scaling, check_scaler, is_stepping, scale_of
 from .program import Evaluation
+from .shards import any_of
 
 
 class Forms(Loop):
@@ -173,6 +176,32 @@ class Forms(Loop):
                 "scaler"
             )
 
+    # ---- weights that are kept elsewhere ----
+
+    @property
+    def model(self) -> nn.Module | None:
+        """The module whose parameters are optimized, or None."""
+        return self._elsewhere.model
+
+    @model.setter
+    def model(self, value: nn.Module | None) -> None:
+        self.require_closed("model")
+        check_model(value)
+        self._elsewhere.model = value
+        self._prepared.look_again()
+
+    def register_weights_hook(self, hook: Callable[[], Any]) -> RemovableHandle:
+        """Have ``hook()`` called whenever parameters have been written: after each pass of a step that moves them, also
+        where a step is undone. For caches of weights that would otherwise be those of before. It is not to raise.
+
+        Returns:
+            What removes it: ``handle.remove()``.
+
+        Raises:
+            TypeError: it is not a function.
+        """
+        return self._elsewhere.register(hook)
+
     # ---- the state that checkpoints ask for ----
 
     def _creates_state(self) -> bool:
@@ -181,7 +210,7 @@ class Forms(Loop):
         """
         grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
         still = all(group.get("lr", 0) == 0 for group in self.param_groups)
-        return bool(grads) and still and self._now.open is None and not any(bool(g.any()) for g in grads)
+        return bool(grads) and still and self._now.open is None and not any(map(any_of, grads))
 
     def evaluations(self, *, apply: bool = True) -> Iterator[Evaluation]:
         """One outer step with the loop in the caller's hands: run forward and backward once per iteration.

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from .shards import any_of, is_sharded, shard
 from .tensors import tensors_of
 
 FEW, ELEMENTS = 16, 2**14  # so many tensors are looked at, and one more for each so many elements that there are
@@ -29,6 +30,7 @@ class Leftovers:
     def __init__(self) -> None:
         self._tensors: Sequence[Tensor] = ()
         self._sample: Sequence[Tensor] = ()
+        self._sharded = False  # FSDP2 adds to the shards of gradients: only their versions count
 
     def note(self, tensors: Sequence[Tensor]) -> None:
         """The gradients that there are now are leftovers."""
@@ -38,14 +40,16 @@ class Leftovers:
                 [*range(len(tensors))] if most >= len(tensors) else [i * len(tensors) // most for i in range(most)]
             )
             self._tensors, self._sample = tensors, [tensors[i] for i in everywhere]
+            self._sharded = any(map(is_sharded, tensors))
         for p in self._sample:
             g = p.grad
             if g is not None:
+                g = shard(g) if self._sharded else g
                 g._lookbehind_left = g._version  # type: ignore[attr-defined]
 
     def are_all_there_is(self, tensors: Sequence[Tensor]) -> bool:
         """Whether every gradient there is was left by the last step."""
-        return all(p.grad is None or getattr(p.grad, "_lookbehind_left", None) == p.grad._version for p in tensors)
+        return all(p.grad is None or _is_leftover(p.grad) for p in tensors)
 
     def others(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """The parameters that have gradients which are no leftovers: none, or all that may be.
@@ -57,12 +61,16 @@ class Leftovers:
             known = {*map(id, self._tensors)}
             sample = [*sample, *(p for p in tensors if id(p) not in known)]
         for p in sample:
-            g = p.grad
+            g = shard(p.grad) if self._sharded else p.grad
             if g is not None and getattr(g, "_lookbehind_left", None) != g._version:
-                there = [(p, p.grad) for p in tensors if p.grad is not None]
-                others = [(p, g) for p, g in there if getattr(g, "_lookbehind_left", None) != g._version]
-                return [p for p, _ in others] if any(bool(_values(g).any()) for _, g in others) else []
+                others = [p for p in tensors if p.grad is not None and not _is_leftover(p.grad)]
+                return others if any(any_of(_values(p.grad)) for p in others) else []
         return []
+
+
+def _is_leftover(g: Tensor) -> bool:
+    g = shard(g)
+    return getattr(g, "_lookbehind_left", None) == g._version
 
 
 def _values(g: Tensor) -> Tensor:
@@ -81,12 +89,14 @@ class Lent:
         """Put them there."""
         for p, _, lent in self._lent:
             p.grad = lent
-        self._versions = [lent._version for _, _, lent in self._lent]
+        self._versions = [shard(lent)._version for _, _, lent in self._lent]
 
     def is_all_there_is(self, tensors: Sequence[Tensor]) -> bool:
         """Whether no backward has run: nothing was added to them, and no other tensor has a gradient."""
         untouched = {
-            id(p) for (p, _, g), v in zip(self._lent, self._versions, strict=True) if p.grad is g and g._version == v
+            id(p)
+            for (p, _, g), v in zip(self._lent, self._versions, strict=True)
+            if p.grad is g and shard(g)._version == v
         }
         return bool(untouched) and all(p.grad is None or id(p) in untouched for p in tensors)
 
@@ -96,7 +106,7 @@ class Lent:
         Raises:
             RuntimeError: naming the first of the tensors, and the ways out.
         """
-        kept = [p for p, _, _ in self._lent if p.grad is not None and bool(_values(p.grad).isnan().all())]
+        kept = [p for p, _, _ in self._lent if p.grad is not None and not any_of(~_values(p.grad).isnan())]
         if not kept:
             self._lent = []
             return

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 from weakref import ref
@@ -10,12 +10,15 @@ from weakref import ref
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from . import kernels
 from .arguments import check_fraction, check_int
 from .buckets import flat_layout, flat_view
+from .elsewhere import Elsewhere
 from .open_step import Part
 from .optimizer import Lookbehind
+from .shards import placed_like, shards, whole
 from .tensors import (
     ROUNDED,
     check_parameters,
@@ -24,7 +27,6 @@ from .tensors import (
     params_and_names,
     tensors_of,
     trained,
-    weights_written,
 )
 from .wrappers import Wrappable
 
@@ -219,9 +221,11 @@ class Lookahead(Wrappable):
         the slow weights. Where only the device knows how many, it decides. ``again``: an interrupt came in between.
         """
         pulls = count >= self.k
-        for copies in self._copies if isinstance(count, Tensor) or pulls else ():
-            if not (again and copies.done[0]):
-                copies.interpolate(self.alpha, pulls)
+        if isinstance(count, Tensor) or pulls:
+            for copies in self._copies:
+                if not (again and copies.done[0]):
+                    copies.interpolate(self.alpha, pulls)
+            self._elsewhere.written()
         self._count = torch.where(pulls, 0, count) if isinstance(count, Tensor) else 0 if pulls else count
         self._opt_called = True  # LR schedulers look for it
 
@@ -236,6 +240,10 @@ class Lookahead(Wrappable):
                 f"param_groups: expected the {len(self._tensors)} parameters that Lookahead was built with, got "
                 f"{len(now)}, not all the same; build a new Lookahead"
             )
+
+    def register_weights_hook(self, hook: Callable[[], Any]) -> RemovableHandle:
+        """As that of ``Lookbehind``; of another optimizer inside only for what this one writes."""
+        return self._elsewhere.register(hook)
 
     # ---- the slow weights ----
 
@@ -254,9 +262,11 @@ class Lookahead(Wrappable):
         self._backup = [p.detach().clone() for p in self._tensors]
         try:
             _copy(self._slow(), self._tensors)
+            self._elsewhere.written()
             yield
         finally:
             _copy(self._backup, self._tensors)
+            self._elsewhere.written()
             self._backup = None
 
     def _slow(self) -> list[Tensor]:
@@ -268,7 +278,8 @@ class Lookahead(Wrappable):
             if copies.rounds and not self.inner_step:
                 copies.keep()
             if copies.rounds or self.inner_step:
-                slow.update((id(p), w) for p, w in zip(copies.params, copies.views, strict=True) if _moves(p))
+                kept = zip(copies.params, copies.views, strict=True)
+                slow.update((id(p), whole(w, p)) for p, w in kept if _moves(p))
         return [slow[id(p)] for p in self._tensors]
 
     # ---- saving and loading ----
@@ -312,7 +323,7 @@ class Lookahead(Wrappable):
         self._copies = _copies_of(self._tensors) if slow else []
         given = {id(p): w for p, w in zip(self._tensors, slow or [], strict=False)}
         for copies in self._copies:
-            _copy([given[id(p)] for p in copies.params], copies.views)
+            _copy([placed_like(given[id(p)], p) for p in copies.params], copies.views)
 
     def __getstate__(self) -> dict[str, Any]:
         self._require_fast_weights("copying or pickling the optimizer")
@@ -327,10 +338,13 @@ class Lookahead(Wrappable):
         own = dict(state)
         inner_step, slow = own.pop("inner_step"), own.pop("slow")
         super().__setstate__({**own, "_backup": None})
-        self._tensors = tensors_of(self.param_groups)
+        self._tensors, names = params_and_names(self.param_groups)
         self._take_over(inner_step, slow)
-        if isinstance(self.optimizer, Lookbehind):
+        inside = isinstance(self.optimizer, Lookbehind)
+        if inside:
             self.optimizer._around = ref(self)
+        self._elsewhere = self.optimizer._elsewhere if inside else Elsewhere()
+        self._elsewhere.follow(self._tensors, names)
 
 
 class LookaheadPart(Part):
@@ -357,10 +371,10 @@ class _Copies:
 
     def __init__(self, params: list[Tensor]) -> None:
         first = params[0]
-        self.params = params
+        self.params, self.shards = params, shards(params)
         self.dtype, self.rounds = compute_dtype(first.dtype), first.dtype in ROUNDED
-        self.table, size = flat_layout(params, self.dtype, [0] * len(params))
-        self.layouts = [layout(p) for p in params]
+        self.table, size = flat_layout(self.shards, self.dtype, [0] * len(params))
+        self.layouts = [layout(p) for p in self.shards]
         self.slow = torch.empty(size, dtype=self.dtype, device=first.device)
         self.views = self._views_of(self.slow)
         self.done = torch.zeros(1, dtype=torch.int32, device=first.device)
@@ -374,7 +388,8 @@ class _Copies:
 
     def are_of_now(self) -> bool:
         """Whether the parameters still have the dtypes, devices and strides that the buffer was laid out for."""
-        return [layout(p) for p in self.params] == self.layouts
+        self.shards = shards(self.params)
+        return [layout(p) for p in self.shards] == self.layouts
 
     @torch.no_grad()
     def keep(self, where: Tensor | None = None) -> None:
@@ -384,7 +399,7 @@ class _Copies:
         if not self.rounds and where is None:
             _copy(self.params, self.views)
             return
-        for p, slow in zip(self.params, self.views, strict=True):
+        for p, slow in zip(self.shards, self.views, strict=True):
             kept = p.to(self.dtype)
             if self.rounds:
                 kept = torch.where(slow.to(p.dtype) == p, slow, kept)
@@ -395,7 +410,8 @@ class _Copies:
         """``params = slow = slow + alpha * (params - slow)`` of those that are trained; or so ``where``, 0-dim bool,
         says it. One call writes everything, and 1 to ``done``, so that an interrupt comes before or after.
         """
-        moved = [(p, w) for p, w in zip(self.params, self.views, strict=True) if _moves(p)]
+        known = zip(self.params, self.shards, self.views, strict=True)
+        moved = [(here, w) for p, here, w in known if _moves(p)]
         if not moved:
             return
         params, slow = map(list, zip(*moved, strict=True))
@@ -406,13 +422,11 @@ class _Copies:
             new_params = [torch.where(where, w.to(p.dtype), p) for p, w in zip(params, new, strict=True)]
             new = [torch.where(where, w, old) for w, old in zip(new, slow, strict=True)]
         torch._foreach_copy_([*slow, *params, self.done], [*new, *new_params, torch.ones_like(self.done)])
-        weights_written()
 
 
 @torch.no_grad()
 def _copy(sources: Sequence[Tensor], targets: Sequence[Tensor]) -> None:
-    torch._foreach_copy_(targets, sources)
-    weights_written()
+    torch._foreach_copy_(shards(targets), shards(sources))
 
 
 def _moves(p: Tensor) -> bool:

@@ -14,6 +14,7 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 
 from .arguments import Settings, check_loss_scale, check_stats
 from .checkpoint import Saved
+from .elsewhere import Elsewhere
 from .leftovers import Leftovers, Lent, note_when_stepped
 from .open_step import DONE, OPEN, OpenStep, Part
 from .parts.buffers import BuffersAtSlow
@@ -49,7 +50,8 @@ class Loop(Saved):
         self._previous = PreviousGradients(state.get("previous", {}))
         self._leftovers = Leftovers()
         note_when_stepped(self.base_optimizer)
-        self._prepared = Prepared(self.base_optimizer, self.defaults)
+        self._elsewhere = Elsewhere(state.get("model"))
+        self._prepared = Prepared(self.base_optimizer, self.defaults, self._elsewhere)
         self._read_settings = attrgetter(*self.SETTINGS)
         self._checked: tuple | None = None  # the settings that were found acceptable
         self._scale_checked: float | Tensor | None = None
@@ -145,7 +147,8 @@ class Loop(Saved):
         if prepared.rule is NO_RULE:
             own_step = OwnStep(self.base_optimizer, settings, scale)
             parts.append(own_step)
-        return OpenStep(program, settings, scale, prepared.buckets, prepared.norms, parts, own_step, by_halves)
+        buckets, norms = prepared.buckets, prepared.norms
+        return OpenStep(program, settings, scale, buckets, norms, parts, self._elsewhere, own_step, by_halves)
 
     @torch.no_grad()
     def _begin(self, step: OpenStep, uses: bool) -> None:

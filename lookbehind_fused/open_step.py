@@ -16,11 +16,12 @@ from torch import Tensor
 
 from .arguments import Settings
 from .buckets import Bucket
+from .elsewhere import Elsewhere
 from .kernels.contract import Flag
 from .kernels.reference import finite
 from .norms import Norms
 from .program import BETWEEN, DESCENDED, KEPT, Evaluation, Program
-from .tensors import weights_written
+from .shards import whole
 
 IDLE, OPEN, CLOSING, DONE = range(4)
 TRIES = 3  # at the last calls, which fail by themselves, or because a signal's handler raises in between
@@ -66,16 +67,17 @@ class OpenStep:
         program: what it evaluates and what follows. settings, loss_scale: what it was prepared with.
         buckets, norms: what it moves.
         parts: who else takes part; ``own_step`` too, where the base optimizer runs its own (``parts.own_step``).
+        elsewhere: who is told when parameters have been written.
         by_halves: it is driven by ``ascent_step()`` and ``descent_step()``.
     """
 
     def __init__(
         self, program: Program, settings: Settings, loss_scale: float | Tensor, buckets: list[Bucket], norms: Norms,
-        parts: Sequence[Part], own_step: Any = None, by_halves: bool = False,
+        parts: Sequence[Part], elsewhere: Elsewhere, own_step: Any = None, by_halves: bool = False,
     ) -> None:  # fmt: skip
         self.program, self.settings, self.loss_scale = program, settings, loss_scale
         self.buckets, self.norms = buckets, norms
-        self.parts, self.own_step, self.by_halves = parts, own_step, by_halves
+        self.parts, self.elsewhere, self.own_step, self.by_halves = parts, elsewhere, own_step, by_halves
         self.phase = IDLE
         self.position = int(program.recalls)  # of the evaluation that is due
         self.final: tuple[int, Gathered] | None = None  # the first of the last calls, while they run, and its gradients
@@ -103,7 +105,7 @@ class OpenStep:
         """Every tensor is again where it was."""
         for bucket in self.buckets:
             bucket.rollback()
-        weights_written()
+        self.elsewhere.written()
 
     def restart(self, buckets: list[Bucket], norms: Norms) -> None:
         """Go on with other buckets, where nothing has moved: more tensors take part than when it began."""
@@ -172,9 +174,11 @@ class OpenStep:
         """Refuse what ``apply`` cannot be given.
 
         Raises:
-            RuntimeError: a gradient is missing, or a parameter was moved.
+            RuntimeError: a gradient is missing, a parameter was moved, or is sharded.
         """
         for bucket in self.buckets:
+            if bucket.sharded:
+                raise RuntimeError(f"apply(): expected plain tensors, got a DTensor: {bucket.names[0]}; leave it out")
             bucket.require_unmoved()
             for p, name in zip(bucket.params, bucket.names, strict=True):
                 if p.grad is None:
@@ -182,7 +186,7 @@ class OpenStep:
 
     def applied(self, evaluation: Evaluation) -> None:
         """After ``apply``."""
-        weights_written()
+        self.elsewhere.written()
         self.check_applicable()
         if evaluation.closes:
             self.phase = CLOSING
@@ -207,7 +211,7 @@ class OpenStep:
             self._check(gathered)
             raise
         finally:
-            weights_written()
+            self.elsewhere.written()
         self.final = None
 
     def _check(self, gathered: Gathered) -> None:
@@ -223,7 +227,8 @@ class OpenStep:
         elif call.op == "judge":
             self.norms.judge(call.slot, int(self.program.recalls), len(self.program.evaluations), self.loss_scale)
         else:
-            self.norms.share_sums()
+            per_tensor = self.settings.alpha_scope == "tensor"
+            self.norms.share_sums([bucket.sums for bucket in self.buckets] if per_tensor else None)
 
     def commit(self) -> None:
         """All calls have run: the step happens, or, where gradients are not finite and so it was asked for, not."""
@@ -280,7 +285,7 @@ class OpenStep:
             for bucket, (bound, grads) in zip(self.buckets, gathered, strict=True):
                 if self.program.descents > 1 or not bucket.done[call.cell]:
                     (bucket.by_reference(place) if by_reference else bound[place])(grads)
-        weights_written()
+        self.elsewhere.written()
         self.final = None
 
     # ---- what others may see ----
@@ -298,4 +303,4 @@ class OpenStep:
     def slow_weights(self) -> dict[Tensor, Tensor]:
         """Of each tensor that has been moved its slow weights: views of the buckets' memory."""
         kept = [bucket for bucket in self.buckets if bucket.done[KEPT]]
-        return {b.params[row]: b.view("slow", row) for b in kept for row in b.joined}
+        return {b.params[row]: whole(b.view("slow", row), b.params[row]) for b in kept for row in b.joined}

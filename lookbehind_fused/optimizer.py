@@ -11,7 +11,7 @@ from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
-from . import kernels
+from . import elsewhere, kernels
 from .arguments import (
     ASCENT,
     GROUP_DEFAULTS,
@@ -61,9 +61,11 @@ class Lookbehind(Forms):
 
     Args:
         params: parameters, ``named_parameters()`` or parameter groups, as for any torch optimizer; None where
-            ``base_optimizer`` is an instance. Dense real tensors of float64, float32, bfloat16 or float16. A group may
-            have its own ``rho``, ``adaptive`` and ``eta``; its ``adaptive`` may be a list of bools, one for each of its
-            parameters (``weight_scaling`` makes such a group from a module).
+            ``base_optimizer`` is an instance. Dense real tensors of float64, float32, bfloat16 or float16, or DTensors
+            of such, as FSDP2 (``fully_shard``) and tensor parallelism make them (``lookbehind_fused.shards``): every
+            rank then takes the same steps, in the same order. A group may have its own ``rho``, ``adaptive`` and
+            ``eta``; its ``adaptive`` may be a list of bools, one for each of its parameters (``weight_scaling`` makes
+            such a group from a module).
         base_optimizer: a torch optimizer class, built with ``base_kwargs``, or an instance, whose groups are shared.
             ``SGD``, ``Adam`` and ``AdamW`` are rules of the kernels; any other runs its own ``step()`` on the fast
             weights.
@@ -115,6 +117,10 @@ class Lookbehind(Forms):
         buffers_at_slow: the model, or None: its buffers (BatchNorm's running statistics and whatever else a forward
             pass changes) are those of the evaluations at the slow weights; what perturbed ones have done to them is
             undone (``lookbehind_fused.buffers_at_slow``). ``running_stats_at_slow`` is the name that it had.
+        model: the module whose parameters are optimized, or None. Where FSDP2 keeps gathered weights
+            (``set_reshard_after_backward(False)``), those of this module are let go whenever parameters have been
+            written, so that the next forward pass sees what was; without it those of every module that has one of the
+            parameters. ``register_weights_hook`` is for other caches.
         backend: ``"auto"`` (the fastest that there is for the device), ``"native"`` (C++, for CPUs), ``"triton"`` (for
             GPUs), ``"cuda"`` (compiled, for CUDA GPUs) or ``"reference"`` (plain PyTorch).
         **base_kwargs: arguments of the class ``base_optimizer``. Where that has a rho or eta of its own (Adadelta,
@@ -154,6 +160,7 @@ class Lookbehind(Forms):
         closure: Callable[..., Any] | None = None,
         same_randomness: bool = False,
         buffers_at_slow: nn.Module | None = None,
+        model: nn.Module | None = None,
         backend: str = "auto",
         **base_kwargs: Any,
     ) -> None:
@@ -183,6 +190,7 @@ class Lookbehind(Forms):
         if buffers_at_slow is not None:
             check_model(buffers_at_slow)
         check_stats(buffers_at_slow, ascent_gradient)
+        elsewhere.check_model(model)
         kernels.resolve(backend)
         base = build_base(params, base_optimizer, base_kwargs)
         keys = Keys.of(base)
@@ -205,6 +213,7 @@ class Lookbehind(Forms):
                 "loss_scale": loss_scale,
                 "_scaler": scaler,
                 "buffers_at_slow": buffers_at_slow,
+                "model": model,
                 "backend": backend,
             }
         )

@@ -11,11 +11,13 @@ from torch.optim import Optimizer
 from . import kernels
 from .arguments import Keys, Settings, adaptive_by_tensor, check_group
 from .buckets import Bucket, Member
+from .elsewhere import Elsewhere
 from .kernels.contract import Hyper
 from .norms import Norms
 from .parts.own_step import require_no_other_hold
 from .program import Program
 from .rules import NO_RULE, rule_of
+from .shards import Ranks, placement, shard, spread_of
 from .tensors import check_parameters, describe, layout, params_and_names, tensors_of, trained
 from .watch import Watch
 
@@ -26,6 +28,7 @@ class Prepared:
     Args:
         base: the base optimizer, whose groups and state are the optimizer's.
         defaults: what a group gets where it has no such setting.
+        elsewhere: who keeps weights of the parameters.
 
     Attributes:
         tensors, names: all parameters, in the order of the groups, and what they are called in messages.
@@ -33,8 +36,9 @@ class Prepared:
         late: the identities of those that were untrained once and then had a gradient in a step.
     """
 
-    def __init__(self, base: Optimizer, defaults: dict[str, Any]) -> None:
+    def __init__(self, base: Optimizer, defaults: dict[str, Any], elsewhere: Elsewhere) -> None:
         self.base, self.rule, self.keys, self.defaults = base, rule_of(base), Keys.of(base), defaults
+        self.elsewhere = elsewhere
         self.buckets: list[Bucket] = []
         self.tensors: list[Tensor] = []
         self.names: list[str] = []
@@ -66,11 +70,17 @@ class Prepared:
             watch = self._watch
         if (program, settings) != self._bound:
             self._bind(program, settings)
+        if self.norms.ranks is not None:
+            self.norms.ranks.open()
         self._read_numbers(program, settings, loss_scale)
         if not watch.same_state(self.base.state):
             for bucket in self.buckets:
                 bucket.adopt_state()
             watch.see_state(self.base.state)
+
+    def look_again(self) -> None:
+        """Something has changed that ``Watch`` does not see."""
+        self._watch = None
 
     def see_state(self) -> None:
         """State of the buckets' own has appeared in the base's."""
@@ -97,7 +107,7 @@ class Prepared:
         params, names = params_and_names(groups)
         check_parameters(params, names)
         members = self._members(names)
-        found = [(kind, m.tensor, layout(m.tensor), number) for kind, ms in members.items() for m, number in ms]
+        found = [(kind, m.tensor, layout(shard(m.tensor)), number) for kind, ms in members.items() for m, number in ms]
         if backend == self._backend and _same(found, self._found) and _same(groups, self._groups):
             for bucket in self.buckets:
                 bucket.point()
@@ -105,6 +115,7 @@ class Prepared:
             self._build(members, backend)
         self._found, self._groups, self._backend = found, [*groups], backend
         self.tensors, self.names = params, names
+        self.elsewhere.follow(params, names)
         self.untrained = [p for p in params if not self._trains(p)]
         # Last: what an interrupt leaves half done is done again.
         self._watch = Watch(groups, self.rule, self.keys, self.untrained)
@@ -113,11 +124,16 @@ class Prepared:
         """What was given another dtype or device goes on there, with the state that it has, as with torch.optim."""
         of_now = {*map(id, tensors_of(self.base.param_groups))}
         for bucket in self.buckets:
-            for p, name, before in zip(bucket.params, bucket.names, bucket.layouts, strict=True):
-                if id(p) in of_now and p.shape != before[0]:
+            known = zip(bucket.params, bucket.names, bucket.layouts, bucket.placements, strict=True)
+            for p, name, before, placed in known:
+                if id(p) in of_now and (shard(p).shape != before[0] or placement(p) != placed):
+                    now = describe(*layout(shard(p))[:3])
+                    was = describe(*before[:3])
+                    if placement(p) != placed:
+                        was, now = f"{was} of {placed}", f"{now} of {placement(p)}"
                     raise RuntimeError(
-                        f"{name} was replaced between two steps: expected {describe(*before[:3])}, got "
-                        f"{describe(*layout(p)[:3])}; build a new optimizer for the changed model"
+                        f"{name} was replaced between two steps: expected {was}, got {now}; build a new optimizer for "
+                        "the changed model"
                     )
 
     def _members(self, names: list[str]) -> dict[tuple, list[tuple[Member, int]]]:
@@ -129,7 +145,7 @@ class Prepared:
             for p, adaptive in zip(group["params"], adaptive_by_tensor(group, self.keys), strict=True):
                 i = next(index)
                 if self._trains(p):
-                    of_kind = members.setdefault((p.device, p.dtype, adaptive, *switches), [])
+                    of_kind = members.setdefault((p.device, p.dtype, adaptive, spread_of(p), *switches), [])
                     row = of_kind[-1][0].group + (of_kind[-1][1] != number) if of_kind else 0
                     of_kind.append((Member(i, names[i], p, row), number))
         if not members:
@@ -146,16 +162,26 @@ class Prepared:
             built.append(
                 Bucket(len(built), [m for m, _ in of_kind], own, adaptive, self.base, self.rule, backend_of_device)
             )
-        self.buckets, self.norms = built, Norms([bucket.device for bucket in built], 0)
+        ranks = Ranks.of([bucket.params[0] for bucket in built])
+        self.buckets, self.norms = built, Norms([bucket.device for bucket in built], 0, ranks)
         self._numbers = self._bound = None
 
     def _bind(self, program: Program, settings: Settings) -> None:
         """Have norms for the program, and its calls bound."""
         self._bound = None
+        ranks = self.norms.ranks
         if program.slots > self.norms.slots:
-            self.norms = Norms(self.norms.devices, program.slots)
+            self.norms = Norms(self.norms.devices, program.slots, ranks)
         for bucket in self.buckets:
-            bucket.bind(program, settings, self.norms, len(self.buckets) == 1)
+            bucket.bind(program, settings, self.norms, len(self.buckets) == 1 and ranks is None)
+        if ranks is not None:
+            ranks.say(
+                {
+                    "settings": (settings, len(program.evaluations), program.descents),
+                    "param_groups": [len(group["params"]) for group in self.base.param_groups],
+                    "parameters": [[*zip(b.names, b.placements, strict=True)] for b in self.buckets],
+                }
+            )
         self._bound = program, settings
 
     def _read_numbers(self, program: Program, settings: Settings, loss_scale: float | Tensor) -> None:

@@ -11,6 +11,9 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from . import shards
+from .shards import shard
+
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 ROUNDED = (torch.bfloat16, torch.float16)
 """Dtypes of parameters that are the rounded image of what is computed in float32."""
@@ -22,8 +25,8 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def weights_written() -> None:
-    """To be called by whoever has written parameters, so that nobody sees those of before: autocast keeps its casts of
-    them while it is open.
+    """To be called by whoever has written plain parameters and has no ``Elsewhere``, so that nobody sees those of
+    before: autocast keeps its casts of them while it is open.
     """
     torch.clear_autocast_cache()
 
@@ -52,18 +55,22 @@ def params_and_names(groups: Iterable[dict[str, Any]], before: int = 0) -> tuple
 
 
 def parameters_of(model: torch.nn.Module) -> list[Tensor]:
-    """All parameters of a model, each of a kind that the kernels can take.
+    """All parameters of a model on one process, each of a kind that the kernels can take.
 
     Raises:
-        TypeError, ValueError: it is not a module, has no parameter, or one that ``check_parameters`` refuses.
+        TypeError, ValueError: it is not a module, has no parameter, or one that ``check_parameters`` refuses, or a
+            DTensor.
     """
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {model!r}")
     named = list(model.named_parameters())
     if not named:
         raise ValueError("model: expected a module with parameters, got one with none")
-    params = [p for _, p in named]
-    check_parameters(params, [name_of(i, name, p) for i, (name, p) in enumerate(named)])
+    params, names = [p for _, p in named], [name_of(i, name, p) for i, (name, p) in enumerate(named)]
+    check_parameters(params, names)
+    for p, name in zip(params, names, strict=True):
+        if shards.is_sharded(p):
+            raise ValueError(f"{name}: expected a plain tensor, got a DTensor; analyse the model on one process")
     return params
 
 
@@ -71,9 +78,9 @@ def check_parameters(params: Sequence[Tensor], names: Sequence[str]) -> None:
     """Refuse what the kernels cannot take.
 
     Raises:
-        ValueError: a parameter is lazy, complex, sparse, on the meta device, a wrapper subclass (such as DTensor), of a
-            floating dtype other than float64, float32, bfloat16 and float16, not dense, or overlaps another one in
-            memory.
+        ValueError: a parameter is lazy, complex, sparse, on the meta device, a wrapper subclass other than DTensor, a
+            DTensor that this rank has no defined part of, of a floating dtype other than float64, float32, bfloat16 and
+            float16, not dense, or overlaps another one in memory.
     """
     for p, name in zip(params, names, strict=True):
         if torch.nn.parameter.is_lazy(p):
@@ -82,6 +89,7 @@ def check_parameters(params: Sequence[Tensor], names: Sequence[str]) -> None:
             )
         reason = _unsuitable(p)
         if reason:
+            p = shard(p)
             raise ValueError(f"{name}: expected {reason}, got {describe(*layout(p)[:3])}, strides {_strides(p)}")
     _check_overlap(params, names)
 
@@ -92,6 +100,7 @@ def check_added(groups: Sequence[dict[str, Any]]) -> None:
     """
     params = tensors_of(groups)
     check_parameters(*params_and_names(groups[-1:], len(params) - len(groups[-1]["params"])))
+    params = shards.shards(params)
     sizes = map(mul, map(Tensor.numel, params), map(Tensor.element_size, params))
     spans = sorted(zip(map(Tensor.data_ptr, params), sizes, strict=True))
     if any(map(gt, map(sum, spans), map(itemgetter(0), spans[1:]))):  # or they are of two devices
@@ -100,12 +109,16 @@ def check_added(groups: Sequence[dict[str, Any]]) -> None:
 
 def _unsuitable(p: Tensor) -> str | None:
     """What was expected of a parameter that is not acceptable."""
+    if p.is_meta:
+        return "a tensor with memory, not on the meta device"
+    reason = shards.unsuitable(p)
+    if reason:
+        return reason
+    p = shard(p)
     if is_traceable_wrapper_subclass(p):
         return f"a plain tensor, not a {type(p).__name__}"
     if p.layout != torch.strided:
         return f"a dense tensor, not one of layout {p.layout}"
-    if p.is_meta:
-        return "a tensor with memory, not on the meta device"
     if p.is_complex():
         return "a real tensor"
     if p.is_floating_point() and p.dtype not in DTYPES:
@@ -118,7 +131,7 @@ def _unsuitable(p: Tensor) -> str | None:
 def _check_overlap(params: Sequence[Tensor], names: Sequence[str]) -> None:
     spans = sorted(
         (str(p.device), p.data_ptr(), p.data_ptr() + p.numel() * p.element_size(), i)
-        for i, p in enumerate(params)
+        for i, p in enumerate(shards.shards(params))
         if p.numel()
     )
     for (device, _, end, i), (next_device, start, _, j) in pairwise(spans):

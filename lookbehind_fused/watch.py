@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .arguments import Keys
 from .rules import Rule
+from .shards import is_sharded, shards
 from .tensors import tensors_of, trained
 
 _members, _kind = itemgetter("params"), attrgetter("dtype", "device")
@@ -39,12 +40,14 @@ class Watch:
         self.rule, self.groups, self._others = rule, [*groups], untrained
         self._read, self._adaptive = itemgetter(keys.rho, keys.eta, *rule.reads), itemgetter(keys.adaptive)
         self.tensors = tensors_of(groups)
-        self.addresses = [*map(Tensor.data_ptr, self.tensors)]
+        self._shards = shards(self.tensors) if any(map(is_sharded, self.tensors)) else None
+        here = self._shards or self.tensors
+        self.addresses = [*map(Tensor.data_ptr, here)]
         # Of one dimension, another stride at the same address would leave gaps, or show in the shape of the gradient.
-        self._strided = [p for p in self.tensors if p.dim() > 1]
+        self._strided = [p for p in here if p.dim() > 1]
         self._strides = [*map(Tensor.stride, self._strided)]
         # Of no elements, all are at the same address.
-        self._empty = [p for p in self.tensors if not p.numel()]
+        self._empty = [p for p in here if not p.numel()]
         self._kinds_of_empty = [*map(_kind, self._empty)]
         self._scaled = deepcopy([*map(self._adaptive, groups)])  # a list may be changed in place
         self._kinds = [_switches(group, rule) for group in groups]
@@ -66,7 +69,8 @@ class Watch:
             and len(tensors) == len(self.tensors)
             and all(map(is_, tensors, self.tensors))
             and scaled == self._scaled
-            and [*map(Tensor.data_ptr, tensors)] == self.addresses
+            and (self._shards is None or all(map(is_, shards(tensors), self._shards)))
+            and [*map(Tensor.data_ptr, self._shards or tensors)] == self.addresses
             and [*map(Tensor.stride, self._strided)] == self._strides
             and [*map(_kind, self._empty)] == self._kinds_of_empty
             and not (self._others and any(map(trained, self._others)))

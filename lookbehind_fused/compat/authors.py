@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from ..arguments import Keys, check_group, check_int, is_number, weights_of, wrong
 from ..family import refuse
 from ..optimizer import Lookbehind
-from ..tensors import name_of, tensors_of, weights_written
+from ..tensors import name_of, tensors_of
 
 
 class AuthorsForm:
@@ -157,7 +157,7 @@ class AuthorsForm:
         self._backup = {p: p.detach().clone() for p in slow}
         for p, weights in slow.items():
             p.copy_(weights)
-        weights_written()
+        self._lookbehind._elsewhere.written()
 
     @torch.no_grad()
     def _clear_and_load_backup(self) -> None:
@@ -172,7 +172,7 @@ class AuthorsForm:
             )
         for p, weights in self._backup.items():
             p.copy_(weights)
-        weights_written()
+        self._lookbehind._elsewhere.written()
         self._backup = None
 
     def _require_no_backup(self, what: str) -> None:

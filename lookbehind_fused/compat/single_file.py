@@ -40,7 +40,8 @@ class SingleFileSAM(SAM):
             rho; where it is taken before they are centralised, as in one collection, the perturbation is shorter.
         perturb_eps: what is added to the norm elsewhere, in [0, 1e-8]. The kernels add 1e-16 whatever is given, which
             at a norm of one changes the ascent by 1e-8 of itself at most; more is refused.
-        model, num_data: for callers that give them to every optimizer of a collection; without meaning here.
+        model: as for ``Lookbehind``. num_data: for callers that give it to every optimizer of a collection; without
+            meaning here.
         **settings: ``backend``, ``max_grad_norm``, ``nonfinite``, ``scaler``, ``closure`` and ``loss_scale`` of
             ``Lookbehind``, and arguments of the class ``base_optimizer`` (``lr``, ``foreach``, ...).
 
@@ -66,8 +67,8 @@ class SingleFileSAM(SAM):
         if not (is_number(perturb_eps) and 0 <= perturb_eps <= 1e-8):
             raise wrong("perturb_eps", "a number in [0, 1e-8]", perturb_eps, (numbers.Real,))
         refuse(self, settings, "microbatches", "ascent_gradient")
-        self.use_gc, self.model = use_gc, model
-        super().__init__(params, base_optimizer, rho, adaptive, eta=eta, **settings)
+        self.use_gc = use_gc
+        super().__init__(params, base_optimizer, rho, adaptive, eta=eta, model=model, **settings)
 
     @property
     def optimizer(self) -> Optimizer:
@@ -137,4 +138,4 @@ class SingleFileSAM(SAM):
                 p.grad = p.grad - p.grad.mean(dim=tuple(range(1, p.grad.ndim)), keepdim=True)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "use_gc": self.use_gc, "model": self.model}
+        return {**super().__getstate__(), "use_gc": self.use_gc}

@@ -20,16 +20,19 @@ from ..kernels.contract import Hyper
 from ..kernels.reference import finite, gradient_scale
 from ..open_step import Part
 from ..program import Call
+from ..shards import shard, shards, swap, whole
 
 
 class Lent(NamedTuple):
     """What a parameter is lent, and what it has of its own.
 
     Attributes:
+        here: what of it is on this rank (``shards``): of a DTensor, whose own ``.data`` leads nowhere, its shard.
         memory, grad: its own. other: a tensor of the fast weights' dtype, where that is another than the parameter's.
     """
 
     param: Tensor
+    here: Tensor
     memory: Tensor
     grad: Tensor | None
     other: Tensor | None
@@ -83,18 +86,22 @@ class OwnStep(Part):
 
     def _step(self, lending: Sequence[tuple[Tensor, Tensor, Tensor]]) -> None:
         self.lent = [
-            Lent(p, p.data, p.grad, nn.Parameter(fast) if p.dtype != fast.dtype else None) for p, fast, _ in lending
+            Lent(
+                *(p, shard(p), shard(p).data, p.grad),
+                nn.Parameter(whole(fast, p)) if p.dtype != fast.dtype else None,
+            )
+            for p, fast, _ in lending
         ]
         try:
             for (p, fast, grad), lent in zip(lending, self.lent, strict=True):
                 if lent.other is not None:  # p.data of another dtype would drop the accumulator that DDP's hooks are on
-                    lent.other.grad = grad
+                    lent.other.grad = whole(grad, p)
                     self._widen_state(p, fast.dtype)
-                    torch._C._swap_tensor_impl(p, lent.other)
+                    swap(p, lent.other)
                     continue
-                p.data = fast
-                if p.grad is not grad:
-                    p.grad = grad
+                lent.here.data = fast
+                if shard(p.grad) is not grad:
+                    p.grad = whole(grad, p)
             with torch.enable_grad():
                 self.base.step()
         finally:
@@ -108,12 +115,12 @@ class OwnStep(Part):
                     optimizer.state[p][key] = value.to(dtype)
 
     def _give_back(self) -> None:
-        for p, memory, grad, other in self.lent:
+        for p, here, memory, grad, other in self.lent:
             if other is not None:
                 if p.dtype != memory.dtype:
-                    torch._C._swap_tensor_impl(p, other)
-            elif p.data_ptr() != memory.data_ptr():
-                p.data = memory
+                    swap(p, other)
+            elif here.data_ptr() != memory.data_ptr():
+                here.data = memory
             if p.grad is not grad:
                 p.grad = grad
         self.lent = []
@@ -163,11 +170,11 @@ def require_no_other_hold(base: Optimizer, params: Sequence[Tensor]) -> None:
     Raises:
         ValueError: an attribute or the state of the base has another tensor in the memory of a parameter.
     """
-    known = {id(p) for p in params} | {id(p.grad) for p in params}
-    memory = {p.untyped_storage().data_ptr() for p in params if p.numel()}
+    known = {id(shard(p)) for p in params} | {id(shard(p.grad)) for p in params}
+    memory = {p.untyped_storage().data_ptr() for p in shards(params) if p.numel()}
     for optimizer in _with_inner(base):
         for name, value in vars(optimizer).items():
-            for x in _tensors_in(value, set()):
+            for x in map(shard, _tensors_in(value, set())):
                 if id(x) not in known and x.layout == torch.strided and x.untyped_storage().data_ptr() in memory:
                     raise ValueError(
                         f"base_optimizer: expected one that reaches its parameters' memory through them alone, got "

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..open_step import Part
+from ..shards import placed_like, shards
 from ..tensors import layout
 
 
@@ -35,17 +36,17 @@ class PreviousGradients(Part):
     @torch.no_grad()
     def commit(self) -> None:
         """Keep a copy of the gradients that are there."""
-        grads = {p: p.grad for p in self.params if p.grad is not None}
+        grads = {p: placed_like(p.grad, p) for p in self.params if p.grad is not None}
         kept = {p: self.kept.get(p) for p in grads}
         for p, g in grads.items():
             if kept[p] is None or layout(kept[p]) != layout(g):
                 kept[p] = torch.empty_like(g)
         if self.happens is not None:  # else they would be used by the next step
             where = [
-                torch.where(self.happens.to(g.device), g, torch.zeros_like(g) if self.kept.get(p) is None else kept[p])
-                for p, g in grads.items()
+                torch.where(self.happens.to(g.device), g, torch.zeros_like(g) if self.kept.get(p) is None else old)
+                for p, g, old in zip(grads, shards(grads.values()), shards(kept.values()), strict=True)
             ]
             grads = dict(zip(grads, where, strict=True))
         if grads:
-            torch._foreach_copy_([*kept.values()], [*grads.values()])
+            torch._foreach_copy_(shards(kept.values()), shards(grads.values()))
         self.kept = kept

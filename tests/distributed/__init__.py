@@ -1,0 +1,11 @@
+"""Tests of several processes: all cases of as many ranks run in one launch."""
+
+from collections.abc import Callable
+
+
+def cases(ranks: int) -> dict[str, Callable[[], None]]:
+    """All of them by their names."""
+    from tests.distributed import agreement, gathered, table
+
+    of_two = {**agreement.CASES, **gathered.CASES} if ranks == 2 else {}
+    return {**table.cases(ranks), **of_two}
