@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .shards import any_of, is_sharded, shard
+from .shards import any_of, any_sharded, shard
 from .tensors import tensors_of
 
 FEW, ELEMENTS = 16, 2**14  # so many tensors are looked at, and one more for each so many elements that there are
@@ -40,7 +40,7 @@ class Leftovers:
                 [*range(len(tensors))] if most >= len(tensors) else [i * len(tensors) // most for i in range(most)]
             )
             self._tensors, self._sample = tensors, [tensors[i] for i in everywhere]
-            self._sharded = any(map(is_sharded, tensors))
+            self._sharded = any_sharded(tensors)
         for p in self._sample:
             g = p.grad
             if g is not None:

@@ -261,11 +261,11 @@ class Lookahead(Wrappable):
         self._require_same_parameters()
         self._backup = [p.detach().clone() for p in self._tensors]
         try:
-            _copy(self._slow(), self._tensors)
+            _copy(shards(self._slow()), shards(self._tensors))
             self._elsewhere.written()
             yield
         finally:
-            _copy(self._backup, self._tensors)
+            _copy(shards(self._backup), shards(self._tensors))
             self._elsewhere.written()
             self._backup = None
 
@@ -323,7 +323,7 @@ class Lookahead(Wrappable):
         self._copies = _copies_of(self._tensors) if slow else []
         given = {id(p): w for p, w in zip(self._tensors, slow or [], strict=False)}
         for copies in self._copies:
-            _copy([placed_like(given[id(p)], p) for p in copies.params], copies.views)
+            _copy(shards(placed_like(given[id(p)], p) for p in copies.params), copies.views)
 
     def __getstate__(self) -> dict[str, Any]:
         self._require_fast_weights("copying or pickling the optimizer")
@@ -378,7 +378,7 @@ class _Copies:
         self.slow = torch.empty(size, dtype=self.dtype, device=first.device)
         self.views = self._views_of(self.slow)
         self.done = torch.zeros(1, dtype=torch.int32, device=first.device)
-        _copy(params, self.views)
+        _copy(self.shards, self.views)
 
     def _views_of(self, buffer: Tensor) -> list[Tensor]:
         return [
@@ -388,16 +388,16 @@ class _Copies:
 
     def are_of_now(self) -> bool:
         """Whether the parameters still have the dtypes, devices and strides that the buffer was laid out for."""
-        self.shards = shards(self.params)
-        return [layout(p) for p in self.shards] == self.layouts
+        return [layout(p) for p in shards(self.params)] == self.layouts
 
     @torch.no_grad()
     def keep(self, where: Tensor | None = None) -> None:
         """The slow weights are the parameters as they are now; or are so ``where``, 0-dim bool, says it. Where
         parameters are the rounded image of the slow weights already, these stay unrounded.
         """
+        self.shards = shards(self.params)
         if not self.rounds and where is None:
-            _copy(self.params, self.views)
+            _copy(self.shards, self.views)
             return
         for p, slow in zip(self.shards, self.views, strict=True):
             kept = p.to(self.dtype)
@@ -426,7 +426,7 @@ class _Copies:
 
 @torch.no_grad()
 def _copy(sources: Sequence[Tensor], targets: Sequence[Tensor]) -> None:
-    torch._foreach_copy_(shards(targets), shards(sources))
+    torch._foreach_copy_(targets, sources)
 
 
 def _moves(p: Tensor) -> bool:

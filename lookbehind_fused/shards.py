@@ -27,6 +27,12 @@ def is_sharded(x: Any) -> bool:
     return module is not None and isinstance(x, module.DTensor)
 
 
+def any_sharded(tensors: Iterable[Any]) -> bool:
+    """Whether one of them is."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and any([isinstance(x, module.DTensor) for x in tensors])
+
+
 def shard(x: Tensor) -> Tensor:
     """This rank's part of a DTensor, the same object at every call; any other tensor itself."""
     return x._local_tensor if is_sharded(x) else x  # type: ignore[attr-defined]
@@ -34,7 +40,8 @@ def shard(x: Tensor) -> Tensor:
 
 def shards(tensors: Iterable[Tensor]) -> list[Tensor]:
     """Of each its ``shard``."""
-    return [*map(shard, tensors)]
+    tensors = [*tensors]
+    return [*map(shard, tensors)] if any_sharded(tensors) else tensors
 
 
 @torch.no_grad()
@@ -143,12 +150,12 @@ class Said(NamedTuple):
     """What ranks have to agree on.
 
     Attributes:
-        words: by what it is called, what this rank has. numbers: of each a number for it, and its square: where the
-            sums of both over n ranks are s and q, they agree if and only if s^2 = n q.
+        words: by what it is called, what this rank has. numbers: by device, of each a number for it, and its square:
+            where the sums of both over n ranks are s and q, they agree if and only if s^2 = n q.
     """
 
     words: Mapping[str, str]
-    numbers: list[float]
+    numbers: Mapping[torch.device, Tensor]
 
 
 class Ranks:
@@ -171,7 +178,8 @@ class Ranks:
             ranks, parts = spread or Spread((), 1)
             place = next(i for i, all_of_them in enumerate(largest) if {*ranks} <= {*all_of_them})
             self.served[place].append((number, parts / self.sizes[place]))
-        self.said = Said({}, [])
+        self.devices = {p.device for p in tensors}
+        self.said = Said({}, {})
         self.is_new = True  # whether what this rank says has not been compared yet
         self.listens = True  # whether the next sums are the first of a step
         self.heard: list[tuple[int, Tensor, Any]] = []  # what came with these, and has not been compared yet
@@ -179,13 +187,14 @@ class Ranks:
     @staticmethod
     def of(tensors: Sequence[Tensor]) -> Ranks | None:
         """None where all are plain."""
-        return Ranks(tensors) if any(map(is_sharded, tensors)) else None
+        return Ranks(tensors) if any_sharded(tensors) else None
 
     def say(self, words: Mapping[str, Any]) -> None:
         """What all ranks have to agree on, from the next sums on."""
         given = {name: str(value) for name, value in words.items()}
         numbers = [crc32(text.encode()) % 2**20 for text in given.values()]  # squares of which add up exactly
-        self.said = Said(given, [float(x) for n in numbers for x in (n, n * n)])
+        values = torch.tensor([x for n in numbers for x in (n, n * n)], dtype=torch.float64, device="cpu")
+        self.said = Said(given, {device: values.to(device) for device in self.devices})
         self.is_new = True
 
     def open(self) -> None:
@@ -206,8 +215,7 @@ class Ranks:
         """
         for group, size, served in zip(self.groups, self.sizes, self.served, strict=True):
             device = found[served[0][0]].device
-            said = torch.tensor(self.said.numbers, dtype=torch.float64, device=device)
-            parts = [said, *((found[n].reshape(-1) * weight).to(device) for n, weight in served)]
+            parts = [self.said.numbers[device], *((found[n].reshape(-1) * weight).to(device) for n, weight in served)]
             flat = torch.cat(parts)
             flat = torch.nn.functional.pad(flat, (0, -flat.numel() % UNIT))
             torch.distributed.all_reduce(flat, group=group)

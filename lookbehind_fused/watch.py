@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .arguments import Keys
 from .rules import Rule
-from .shards import is_sharded, shards
+from .shards import any_sharded, shards
 from .tensors import tensors_of, trained
 
 _members, _kind = itemgetter("params"), attrgetter("dtype", "device")
@@ -40,7 +40,7 @@ class Watch:
         self.rule, self.groups, self._others = rule, [*groups], untrained
         self._read, self._adaptive = itemgetter(keys.rho, keys.eta, *rule.reads), itemgetter(keys.adaptive)
         self.tensors = tensors_of(groups)
-        self._shards = shards(self.tensors) if any(map(is_sharded, self.tensors)) else None
+        self._shards = shards(self.tensors) if any_sharded(self.tensors) else None
         here = self._shards or self.tensors
         self.addresses = [*map(Tensor.data_ptr, here)]
         # Of one dimension, another stride at the same address would leave gaps, or show in the shape of the gradient.

@@ -1,13 +1,7 @@
-"""What two processes do together, for ``test_own_step``: ``python -m tests.ranks FOLDER RANK``.
+"""What two processes do together, for ``test_own_step``: ``python -m tests.ranks FOLDER RANK 2``."""
 
-Every case writes a file with what went wrong on its rank, or with nothing.
-"""
-
-import os
 import sys
-import traceback
 from collections.abc import Callable
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +14,8 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 
 from lookbehind_fused import Lookbehind
-from tests.conftest import assert_equal, drive
+from tests.conftest import BACKENDS, assert_equal, drive
+from tests.distributed.launch import run_cases
 from tests.twin import Lister, Twin, values
 
 SGD = {"lr": 0.1, "momentum": 0.8}
@@ -143,24 +138,11 @@ CASES: dict[str, Callable[[str, int], None]] = {
 }
 
 
-def main(folder: Path, rank: int) -> None:
-    """All cases, on one rank."""
-    torch.set_num_threads(1)
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    where = f"file://{folder}/rendezvous"
-    # Long, for slow machines: it ends only a case in which one rank has failed and the other waits for it.
-    dist.init_process_group("gloo", init_method=where, rank=rank, world_size=2, timeout=timedelta(minutes=10))
-    for name, case in CASES.items():
-        wrong = ""
-        for backend in os.environ.get("LOOKBEHIND_TEST_BACKENDS", "reference native").split():
-            try:
-                case(backend, rank)
-            except BaseException:  # that pytest raises where nothing was raised is no Exception
-                wrong += f"rank {rank}, {backend}: {traceback.format_exc()}"
-        (folder / f"{name}-{rank}").write_text(wrong)
-        dist.barrier()
-    dist.destroy_process_group()
+def on_each_backend(case: Callable[[str, int], None]) -> None:
+    for backend in BACKENDS:
+        case(backend, dist.get_rank())
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]))
+    on_all = {name: partial(on_each_backend, case) for name, case in CASES.items()}
+    run_cases(on_all, Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))

@@ -81,26 +81,23 @@ class OwnStep(Part):
                 if grad is not None:
                     grad = grad.to(bucket.buffer_dtype)
                     grad = grad if scale is None else grad * scale.to(grad.device, grad.dtype)
-                    lending.append((bucket.params[row], bucket.view("fast", row), grad))
+                    lending.append((bucket.params[row], bucket.shards[row], bucket.view("fast", row), grad))
         self._step(lending)
 
-    def _step(self, lending: Sequence[tuple[Tensor, Tensor, Tensor]]) -> None:
+    def _step(self, lending: Sequence[tuple[Tensor, Tensor, Tensor, Tensor]]) -> None:
         self.lent = [
-            Lent(
-                *(p, shard(p), shard(p).data, p.grad),
-                nn.Parameter(whole(fast, p)) if p.dtype != fast.dtype else None,
-            )
-            for p, fast, _ in lending
+            Lent(p, here, here.data, p.grad, nn.Parameter(whole(fast, p)) if p.dtype != fast.dtype else None)
+            for p, here, fast, _ in lending
         ]
         try:
-            for (p, fast, grad), lent in zip(lending, self.lent, strict=True):
+            for (p, here, fast, grad), lent in zip(lending, self.lent, strict=True):
                 if lent.other is not None:  # p.data of another dtype would drop the accumulator that DDP's hooks are on
                     lent.other.grad = whole(grad, p)
                     self._widen_state(p, fast.dtype)
                     swap(p, lent.other)
                     continue
-                lent.here.data = fast
-                if shard(p.grad) is not grad:
+                here.data = fast
+                if (p.grad if here is p else shard(p.grad)) is not grad:
                     p.grad = whole(grad, p)
             with torch.enable_grad():
                 self.base.step()

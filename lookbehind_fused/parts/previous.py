@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..open_step import Part
-from ..shards import placed_like, shards
+from ..shards import any_sharded, placed_like, shards
 from ..tensors import layout
 
 
@@ -36,7 +36,9 @@ class PreviousGradients(Part):
     @torch.no_grad()
     def commit(self) -> None:
         """Keep a copy of the gradients that are there."""
-        grads = {p: placed_like(p.grad, p) for p in self.params if p.grad is not None}
+        grads = {p: p.grad for p in self.params if p.grad is not None}
+        if any_sharded(grads):
+            grads = {p: placed_like(g, p) for p, g in grads.items()}
         kept = {p: self.kept.get(p) for p in grads}
         for p, g in grads.items():
             if kept[p] is None or layout(kept[p]) != layout(g):

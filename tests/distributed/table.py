@@ -111,9 +111,17 @@ def fsdp_and_tp(model: nn.Sequential) -> Arranged:
     return shard_layers(model, mesh["dp"]), 2, mesh["dp"].get_local_rank()
 
 
+def crossed(model: nn.Sequential) -> Arranged:
+    """Each rank has another two ranks beside it for the first layer than for the second: neither mesh serves both."""
+    mesh = mesh_of(2, 2, names=("dp", "tp"))
+    fully_shard(model[0], mesh=mesh["dp"])
+    parallelize_module(model[2], mesh["tp"], ColwiseParallel(output_layouts=Replicate()))
+    return model, 1, 0
+
+
 ARRANGEMENTS: dict[int, dict[str, Callable[[nn.Sequential], Arranged]]] = {
     2: {"ddp": ddp, "fsdp": fsdp, "tp": tensor_parallel, "mixed": mixed},
-    4: {"hsdp": hybrid, "fsdp+tp": fsdp_and_tp},
+    4: {"hsdp": hybrid, "fsdp+tp": fsdp_and_tp, "crossed": crossed},
 }
 
 
@@ -196,7 +204,8 @@ def as_one_process(arrange: Callable[[nn.Sequential], Arranged], method: str, ba
         with Collectives() as collectives:
             many.step()
         if arrange is not hybrid and not one.breaks and (step or method != "free"):
-            assert len(collectives.sizes) == (reductions if sharded else 0), collectives.sizes
+            meshes = 2 if arrange is crossed else int(sharded)
+            assert len(collectives.sizes) == reductions * meshes, collectives.sizes
         for name, value in one.optimizer.diagnostics.items():
             found = many.optimizer.diagnostics[name]
             assert torch.allclose(found.double(), value.double(), 0, TOLERANCE, equal_nan=True), f"{name}: {found}"

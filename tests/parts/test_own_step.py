@@ -4,13 +4,8 @@ Whatever such a base looks at or does - tensors listed by itself, attributes and
 edited in place - it trains as it does alone.
 """
 
-import os
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,6 +15,7 @@ from torch import Tensor, nn
 from lookbehind_fused import Lookbehind, MultistepSAM
 from tests.algorithm1 import TorchBase, sgd
 from tests.conftest import LOW_PRECISION, Duel, assert_close, assert_equal, assert_same_state, drive
+from tests.distributed.launch import launch
 from tests.ranks import CASES
 from tests.test_family import Problem, multistep, with_microbatches
 from tests.twin import TOLERANCE, Lister, Twin, scaled_apart, two_groups, values
@@ -364,32 +360,7 @@ def test_a_base_that_raises_leaves_no_trace(backend: str, dtype: torch.dtype, fo
 @pytest.fixture(scope="module")
 def failures(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[str]]:
     """What went wrong with a case, rank by rank; all cases run once, in two processes."""
-    folder = tmp_path_factory.mktemp("ranks")
-    command = [sys.executable, "-m", "tests.ranks", str(folder)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    root = Path(__file__).resolve().parents[2]
-    logs = [folder / f"log-{rank}" for rank in range(2)]
-    processes = []
-    try:
-        for rank, log in enumerate(logs):
-            with log.open("w") as out:
-                process = subprocess.Popen(
-                    [*command, str(rank)], cwd=root, env=environment, stdout=out, stderr=subprocess.STDOUT
-                )
-            processes.append(process)
-        while None in (codes := [process.poll() for process in processes]) and not any(codes):
-            time.sleep(0.05)  # until both have ended, or one has failed: the other would wait for it
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-    output = [log.read_text() for log in logs]
-
-    def of_case(case: str) -> list[str]:
-        files = [folder / f"{case}-{rank}" for rank in range(2)]
-        return [f.read_text() if f.exists() else f"not run: {o[-2000:]}" for f, o in zip(files, output, strict=True)]
-
-    return of_case
+    return launch("tests.ranks", tmp_path_factory.mktemp("ranks"), 2)
 
 
 @pytest.mark.xdist_group("ranks")  # one process of pytest runs them, not each
