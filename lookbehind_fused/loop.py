@@ -231,7 +231,9 @@ class Loop(Saved):
 
     def _skip(self, step: OpenStep) -> None:
         """The first evaluation has left no gradients, as where a trainer skips a minibatch: there is no step."""
-        warnings.warn("evaluation 0 has left no gradients: the step was skipped", stacklevel=4)
+        warnings.warn(
+            "evaluation 0 has left no gradients on the optimizer's parameters: the step was skipped", stacklevel=4
+        )
         for part in step.parts:
             part.happens = True  # nothing was found that is not finite
         self._settle(step)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
+from itertools import repeat
 from math import prod
 from typing import Any, NamedTuple
 from zlib import crc32
@@ -30,7 +31,7 @@ def is_sharded(x: Any) -> bool:
 def any_sharded(tensors: Iterable[Any]) -> bool:
     """Whether one of them is."""
     module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and any([isinstance(x, module.DTensor) for x in tensors])
+    return module is not None and any(map(isinstance, tensors, repeat(module.DTensor)))
 
 
 def shard(x: Tensor) -> Tensor:

@@ -219,7 +219,7 @@ def test_a_minibatch_that_is_skipped_skips_the_step(backend: str, base: str, for
         else:
             values_returned.extend(evaluation.index for evaluation in job.optimizer.evaluations())
 
-    with pytest.warns(UserWarning, match="evaluation 0 has left no gradients: the step was skipped"):
+    with pytest.warns(UserWarning, match="evaluation 0 has left no gradients .*: the step was skipped"):
         skipped()
     assert values_returned == ["nothing to see" if form == "step" else 0]
     assert all(map(torch.equal, job.state(), before))

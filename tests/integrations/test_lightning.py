@@ -266,7 +266,7 @@ def test_a_training_step_that_returns_none_skips_the_step(callbacks: list[Callba
             every.append(pl_module.model.layers[0].weight.detach().clone())
 
     every: list[Tensor] = []
-    with pytest.warns(UserWarning, match="^evaluation 0 has left no gradients: the step was skipped"):
+    with pytest.warns(UserWarning, match="^evaluation 0 has left no gradients .*: the step was skipped"):
         train(Skipping(), 1, *callbacks, Weights())
     moved = [not torch.equal(a, b) for a, b in itertools.pairwise(every)]
     assert moved[:6] == [True, False, False, False, True, True]
