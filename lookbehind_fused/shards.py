@@ -162,7 +162,9 @@ class Said(NamedTuple):
 class Ranks:
     """Adds up what buckets have found over ranks.
 
-    Meshes within another one are served by its all-reduce, and so are plain tensors, of which every rank has all.
+    Meshes within another one are served by its all-reduce, and so are plain tensors, of which every rank has all. Of
+    meshes that only overlap, each has one of its own: what is not finite in one replica alone, which no gradient that
+    is the same on all replicas is, the ranks of the other mesh do not hear of.
 
     Args:
         tensors: of each bucket one, with the ``Spread`` that all of them have.
