@@ -88,8 +88,8 @@ MUTANTS = {
     ),
     "two buffers swapped": (
         "kernels.cuh",
-        "chunk.in(a.state_from[s], i)",
-        "chunk.in(a.state_from[kStates - 1 - s], i)",
+        "chunk.in(a.state_from[s], i));\n    if (kAscends &&",
+        "chunk.in(a.state_from[kStates - 1 - s], i));\n    if (kAscends &&",
         "--passes descend --sample 37",
     ),
     "a counter not put back": ("sums.cuh", "if (last) *counter = 0;", "", "--passes reduce_sq_norm"),
