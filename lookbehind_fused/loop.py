@@ -20,7 +20,7 @@ from .open_step import DONE, OPEN, OpenStep, Part
 from .parts.buffers import BuffersAtSlow
 from .parts.own_step import OwnStep
 from .parts.previous import PreviousGradients
-from .parts.scaling import Report, Scaling
+from .parts.scaling import Report, Scaling, scale_of
 from .prepare import Prepared
 from .program import Evaluation, Program
 from .randomness import Replay
@@ -59,6 +59,8 @@ class Loop(Saved):
         self._now = Now()
         self._closure: Callable[..., Any] | None = None
         self._report = Report()
+        if self._scaler is not None:  # which has no scale before it is asked for one, and as a copy none again
+            scale_of(self._scaler, self._device())
         self._around: ref[Any] | None = None  # Lookahead
 
     def program(self, reuse_gradient: bool) -> Program:

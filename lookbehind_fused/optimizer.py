@@ -217,7 +217,7 @@ class Lookbehind(Forms):
                 "backend": backend,
             }
         )
-        self.scaler, self.closure = scaler, closure
+        self.closure = closure
 
     @property
     def running_stats_at_slow(self) -> nn.Module | None:

@@ -534,10 +534,17 @@ def test_copies_and_pickles_have_the_scaler(backend: str) -> None:
         optimizer = SAM(job.params, torch.optim.SGD, lr=0.1, scaler=job.scaler, closure=job.closure, backend=backend)
         optimizer.step(job.closure)
         job.scaler.update()
-        other = way(optimizer)
+        other, scaler, model = way((optimizer, job.scaler, job.model))
         assert other.closure is None
-        assert other.scaler.get_scale() == 16.0
-        assert other.scaler is not job.scaler
+        assert other.scaler is scaler is not job.scaler
+        assert scaler.get_scale() == 16.0
+        for one, with_scaler, of_model in ((optimizer, job.scaler, job.model), (other, scaler, model)):
+            job.scaler, job.model, job.params, job.index = with_scaler, of_model, list(of_model.parameters()), 0
+            with_scaler.step(one, job.closure)  # before any other use of it
+            with_scaler.update()
+        (of_one,), (of_other,) = (group["params"][:1] for o in (optimizer, other) for group in o.param_groups)
+        assert torch.equal(of_one, of_other)
+        assert of_one is not of_other
 
 
 def test_grad_scale_is_loss_scale_now(backend: str) -> None:
