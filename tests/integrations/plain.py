@@ -18,6 +18,17 @@ GAMMA = 0.9
 """By which a scheduler multiplies the learning rate after each step."""
 
 
+SETTINGS = [(1, None, False), (2, None, True), (4, 0.5, True), (1, 0.5, False)]
+"""Of loops that have all of them: accumulation, clipping, whether there is a scheduler."""
+
+
+def scalers(precision: str) -> list[Any]:
+    """For the plain loop and the trainer's: None, or under "16" scalers of their own that overflow at first."""
+    if precision == "32":
+        return [None, None]
+    return [torch.amp.GradScaler("cpu", init_scale=2.0**24, growth_interval=3) for _ in range(2)]
+
+
 class Model(nn.Module):
     """Two layers; counts its forward passes in training."""
 

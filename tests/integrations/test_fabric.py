@@ -16,6 +16,7 @@ from lightning.fabric.plugins.precision import MixedPrecision
 
 from lookbehind_fused import SAM, LambdaSchedule
 from tests.integrations.plain import (
+    SETTINGS,
     STEPS,
     STEPS_PER_EPOCH,
     Model,
@@ -25,6 +26,7 @@ from tests.integrations.plain import (
     make_optimizer,
     make_scheduler,
     microbatches,
+    scalers,
 )
 
 pytestmark = [pytest.mark.filterwarnings("ignore:::lightning"), pytest.mark.xdist_group("lightning")]
@@ -76,17 +78,13 @@ class Run:
 
 
 @pytest.mark.filterwarnings("ignore:Detected call of")  # a scheduler's, where the first step overflows
-@pytest.mark.parametrize(
-    ("accumulation", "clip", "schedule"), [(1, None, False), (2, None, True), (4, 0.5, True), (1, 0.5, False)]
-)
+@pytest.mark.parametrize(("accumulation", "clip", "schedule"), SETTINGS)
 @pytest.mark.parametrize("precision", ["32", "16"])
 def test_fabric(accumulation: int, clip: float | None, schedule: bool, precision: str) -> None:
     """Equal to the plain loop; k + 1 evaluations a microbatch."""
-    scalers: list[Any] = [None, None]
-    if precision == "16":
-        scalers = [torch.amp.GradScaler("cpu", init_scale=2.0**24, growth_interval=3) for _ in range(2)]
-    plain = Plain(accumulation, clip, schedule, scalers[0])
-    run = Run(accumulation, clip, schedule, scalers[1])
+    theirs, ours = scalers(precision)
+    plain = Plain(accumulation, clip, schedule, theirs)
+    run = Run(accumulation, clip, schedule, ours)
     run.train(range(STEPS))
     assert_same_weights(run.model, plain.model)
     assert_same_losses(run.losses, plain.losses)

@@ -14,6 +14,7 @@ from torch.nn.functional import cross_entropy
 from torch.nn.utils import clip_grad_norm_
 
 from tests.integrations.plain import (
+    SETTINGS,
     STEPS,
     Model,
     Plain,
@@ -22,6 +23,7 @@ from tests.integrations.plain import (
     make_optimizer,
     make_scheduler,
     microbatches,
+    scalers,
 )
 
 
@@ -94,17 +96,13 @@ class Run:
 
 
 @pytest.mark.filterwarnings("ignore:Detected call of")  # a scheduler's, where the first step overflows
-@pytest.mark.parametrize(
-    ("accumulation", "clip", "schedule"), [(1, None, False), (2, None, True), (4, 0.5, True), (1, 0.5, False)]
-)
+@pytest.mark.parametrize(("accumulation", "clip", "schedule"), SETTINGS)
 @pytest.mark.parametrize("precision", ["32", "16"])
 def test_the_loop(accumulation: int, clip: float | None, schedule: bool, precision: str) -> None:
     """Equal to the plain loop; k + 1 evaluations a microbatch."""
-    scalers: list[Any] = [None, None]
-    if precision == "16":
-        scalers = [torch.amp.GradScaler("cpu", init_scale=2.0**24, growth_interval=3) for _ in range(2)]
-    plain = Plain(accumulation, clip, schedule, scalers[0])
-    run = Run(accumulation, clip, schedule, scalers[1])
+    theirs, ours = scalers(precision)
+    plain = Plain(accumulation, clip, schedule, theirs)
+    run = Run(accumulation, clip, schedule, ours)
     run.train(STEPS)
     assert_same_weights(run.model, plain.model)
     assert_same_losses(run.losses, plain.losses)
