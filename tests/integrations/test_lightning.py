@@ -212,6 +212,17 @@ def test_it_goes_on_from_a_checkpoint_in_mid_epoch(accumulation: int, precision:
     assert resumed.lr_schedulers().get_last_lr() == pytest.approx([0.05 * GAMMA**STEPS])
 
 
+@pytest.mark.parametrize("accumulation", [1, 2, 4])
+def test_manual_optimization_goes_on_from_a_checkpoint_in_mid_epoch(accumulation: int, tmp_path: Path) -> None:
+    plain = Plain(accumulation, schedule=True)
+    saving = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=7, save_top_k=-1)
+    train(Manual(accumulation, schedule=True), accumulation, saving)
+    resumed = Manual(accumulation, schedule=True)
+    train(resumed, accumulation, checkpoint=tmp_path / "step=7.ckpt")
+    assert resumed.model.evaluations < plain.model.evaluations
+    assert_same_weights(resumed.model, plain.model)
+
+
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_ddp(accumulation: int) -> None:
     """In one process: what is not reduced before the last microbatch is reduced with it."""
