@@ -54,6 +54,7 @@ class Settings(NamedTuple):
     ascent_gradient: str
     reuse_gradient: bool
     same_randomness: bool = False
+    ascents: str = "synced"
 
     @property
     def skips(self) -> bool:
@@ -87,6 +88,7 @@ def check_settings(
     ascent_gradient: str,
     reuse_gradient: bool,
     same_randomness: bool,
+    ascents: str,
 ) -> None:
     """Refuse what ``Settings`` cannot be made of.
 
@@ -105,6 +107,9 @@ def check_settings(
     check_choice("ascent_gradient", ascent_gradient, "current", "previous")
     check_bool("reuse_gradient", reuse_gradient)
     check_bool("same_randomness", same_randomness)
+    check_choice("ascents", ascents, "synced", "local")
+    if (ascents, ascent_gradient) == ("local", "previous"):
+        raise ValueError("ascents: expected 'synced' with ascent_gradient='previous', got 'local'")
     if ascent_gradient == "previous" and (microbatches > 1 or not reuse_gradient):
         raise ValueError(
             "ascent_gradient: expected 'current' with microbatches or reuse_gradient=False, which evaluate gradients "

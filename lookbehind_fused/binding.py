@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .kernels.contract import Flag, RuleId
 from .kernels.schema import ARGUMENTS
-from .program import BETWEEN, Call
+from .lowering import BETWEEN, Call
 
 if TYPE_CHECKING:
     from .buckets import Bucket
@@ -29,6 +29,8 @@ def bind_call(bucket: Bucket, call: Call, rows: tuple[int, ...], kernels: Module
     buffers = {role: bucket.memory_of(name) for role, name in call.buffers.items()}
     if call.op == "copy":
         return lambda grads: torch._foreach_copy_(pieces(buffers["target"]), pieces(buffers["source"]))
+    if call.op == "clear":
+        return lambda grads: torch._foreach_zero_(pieces(buffers["target"]))
     whole = len(rows) == len(bucket.shards)
     params = bucket.shards if whole else [bucket.shards[row] for row in rows]
     cell = bucket.done[call.cell : call.cell + 1] if call.cell >= 0 else None

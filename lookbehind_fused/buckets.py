@@ -22,8 +22,9 @@ from .binding import BoundCall, bind_call, pieces
 from .kernels import reference
 from .kernels.contract import Column, Flag, Hyper, RuleId
 from .kernels.schema import tensor_table
+from .lowering import KEPT, Call, Calls, Traits, buffers_of, lower, working
 from .norms import Norms
-from .program import KEPT, Call, Calls, Program, Traits, buffers_of, lower, working
+from .program import Program
 from .rules import Rule
 from .shards import is_sharded, placed_like, placement, shard, shards, shards_like, whole
 from .tensors import ROUNDED, compute_dtype, describe, layout
@@ -252,6 +253,9 @@ class Bucket:
             grads: list[Any] = [grad for p in self.params if (grad := p.grad) is not None]
             if len(grads) < len(rows):
                 rows = tuple([row for row, p in enumerate(self.params) if p.grad is not None])
+                if rows and self.program.sends:  # other ranks may have reached more
+                    grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.params]
+                    rows = self.all_rows
         else:
             rows = tuple([row for row, p in enumerate(self.params) if p in given])
             grads = [given[self.params[row]] for row in rows]

@@ -41,8 +41,8 @@ class Forms(Loop):
         Raises:
             TypeError: there is no closure, or it does not take the ``Evaluation`` that says which microbatch it is to
                 see.
-            ValueError: gradients cannot be given, since ``ascent_gradient``, ``microbatches`` or ``same_randomness``
-                needs another evaluation than theirs.
+            ValueError: gradients cannot be given, since ``ascent_gradient``, ``ascents``, ``microbatches`` or
+                ``same_randomness`` needs another evaluation than theirs.
             RuntimeError: no gradients are there to be used, an evaluation after the first leaves none, a step is open
                 already, a ``GradScaler`` calls that is not ``scaler``, or with a ``scaler`` gradients were given by
                 another call than ``scaler.step(optimizer)``.
@@ -97,6 +97,7 @@ class Forms(Loop):
         """Refuse gradients that are there for evaluation 0 where they cannot be that."""
         for name, value, usual in (
             ("ascent_gradient", self.ascent_gradient, "current"),
+            ("ascents", self.ascents, "synced"),
             ("microbatches", self.microbatches, 1),
             ("same_randomness", self.same_randomness, False),
         ):
@@ -189,6 +190,7 @@ class Forms(Loop):
         check_model(value)
         self._elsewhere.model = value
         self._prepared.look_again()
+        self._checked = None
 
     def register_weights_hook(self, hook: Callable[[], Any]) -> RemovableHandle:
         """Have ``hook()`` called whenever parameters have been written: after each pass of a step that moves them, also
@@ -277,6 +279,7 @@ class Forms(Loop):
         """
         for name, value, usual in (
             ("ascent_gradient", self.ascent_gradient, "current"),
+            ("ascents", self.ascents, "synced"),
             ("same_randomness", self.same_randomness, False),
         ):
             if value != usual:

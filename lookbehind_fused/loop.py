@@ -18,11 +18,12 @@ from .elsewhere import Elsewhere
 from .leftovers import Leftovers, Lent, note_when_stepped
 from .open_step import DONE, OPEN, OpenStep, Part
 from .parts.buffers import BuffersAtSlow
+from .parts.local_ascents import LocalAscents
 from .parts.own_step import OwnStep
 from .parts.previous import PreviousGradients
 from .parts.scaling import Report, Scaling, scale_of
 from .prepare import Prepared
-from .program import Evaluation, Program
+from .program import Evaluation, Program, over_ranks
 from .randomness import Replay
 from .rules import NO_RULE
 
@@ -56,6 +57,7 @@ class Loop(Saved):
         self._checked: tuple | None = None  # the settings that were found acceptable
         self._scale_checked: float | Tensor | None = None
         self._programs: dict[bool, Program] = {}
+        self._local: LocalAscents | None = None
         self._now = Now()
         self._closure: Callable[..., Any] | None = None
         self._report = Report()
@@ -116,6 +118,10 @@ class Loop(Saved):
             self.check_settings(self.settings())
             self._programs = {reuse: self.program(reuse) for reuse in (True, False)}
             self._settings = Settings(*settings[: len(Settings._fields)])
+            self._local = None
+            if self.ascents == "local":
+                self._local = LocalAscents(self.model)
+                self._programs = {r: over_ranks(program, self._local.ranks) for r, program in self._programs.items()}
             self._settings_scaled = self._settings._replace(nonfinite="skip")
             self._checked = settings
         if "grad_scale" in self.__dict__ and "found_inf" not in self.__dict__:  # else a GradScaler has written it
@@ -145,12 +151,16 @@ class Loop(Saved):
             parts.append(self._previous)
         if around is not None:
             parts.append(around.part())
+        local = self._local
+        if local is not None:
+            local.follow(prepared, program, settings)
+            parts.append(local)
         own_step = None
         if prepared.rule is NO_RULE:
             own_step = OwnStep(self.base_optimizer, settings, scale)
             parts.append(own_step)
         buckets, norms = prepared.buckets, prepared.norms
-        return OpenStep(program, settings, scale, buckets, norms, parts, self._elsewhere, own_step, by_halves)
+        return OpenStep(program, settings, scale, buckets, norms, parts, self._elsewhere, own_step, local, by_halves)
 
     @torch.no_grad()
     def _begin(self, step: OpenStep, uses: bool) -> None:
@@ -290,7 +300,7 @@ class Loop(Saved):
     def _closed(self, step: OpenStep) -> None:
         """A step has been undone or completed."""
         now = self._now
-        now.last, step.parts, step.own_step = None, (), None  # some refer to what refers to this optimizer
+        now.last, step.parts, step.own_step, step.local = None, (), None, None  # some refer to what refers to this
         if step.broken or (step.skips and not step.judged_here):  # gradients that are not finite are nobody's
             for p in self._prepared.tensors:
                 p.grad = None

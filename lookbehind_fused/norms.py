@@ -34,12 +34,15 @@ class Norms:
         """Give every device, of every rank, every bucket's sums of squares of a slot."""
         self._share({device: squares[slot] for device, squares in self.squares.items()})
 
-    def judge(self, slot: int, first: int, end: int, loss_scale: float | Tensor) -> None:
-        """Let a slot's norm be finite only if those of the slots from ``first`` on, up to ``end``, are, and what the
-        loss was scaled by.
-        """
+    def total(self, first: int, end: int) -> list[Tensor]:
+        """The sums over the slots from ``first`` on, up to ``end``, for ``judge``: on each device one tensor."""
         for device, squares in self._all.items():
             torch.sum(squares[first:end], 0, out=self._sum[device])
+        return [*self._sum.values()]
+
+    def judge(self, slot: int, loss_scale: float | Tensor) -> None:
+        """Let a slot's norm be finite only if the last ``total`` is, and what the loss was scaled by."""
+        for device, squares in self._all.items():
             squares[slot].add_(self._sum[device], alpha=0)
             if isinstance(loss_scale, Tensor):
                 squares[slot].add_(loss_scale.detach().reshape(()).to(device, non_blocking=True), alpha=0)

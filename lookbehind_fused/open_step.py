@@ -19,8 +19,9 @@ from .buckets import Bucket
 from .elsewhere import Elsewhere
 from .kernels.contract import Flag
 from .kernels.reference import finite
+from .lowering import BETWEEN, DESCENDED, KEPT
 from .norms import Norms
-from .program import BETWEEN, DESCENDED, KEPT, Evaluation, Program
+from .program import Evaluation, Program
 from .shards import whole
 
 IDLE, OPEN, CLOSING, DONE = range(4)
@@ -66,18 +67,20 @@ class OpenStep:
     Args:
         program: what it evaluates and what follows. settings, loss_scale: what it was prepared with.
         buckets, norms: what it moves.
-        parts: who else takes part; ``own_step`` too, where the base optimizer runs its own (``parts.own_step``).
+        parts: who else takes part; ``own_step`` too, where the base optimizer runs its own (``parts.own_step``), and
+            ``local``, where ascents follow this rank's own gradients (``parts.local_ascents``).
         elsewhere: who is told when parameters have been written.
         by_halves: it is driven by ``ascent_step()`` and ``descent_step()``.
     """
 
     def __init__(
         self, program: Program, settings: Settings, loss_scale: float | Tensor, buckets: list[Bucket], norms: Norms,
-        parts: Sequence[Part], elsewhere: Elsewhere, own_step: Any = None, by_halves: bool = False,
+        parts: Sequence[Part], elsewhere: Elsewhere, own_step: Any = None, local: Any = None, by_halves: bool = False,
     ) -> None:  # fmt: skip
         self.program, self.settings, self.loss_scale = program, settings, loss_scale
         self.buckets, self.norms = buckets, norms
-        self.parts, self.elsewhere, self.own_step, self.by_halves = parts, elsewhere, own_step, by_halves
+        self.parts, self.elsewhere, self.own_step, self.local = parts, elsewhere, own_step, local
+        self.by_halves = by_halves
         self.phase = IDLE
         self.position = int(program.recalls)  # of the evaluation that is due
         self.final: tuple[int, Gathered] | None = None  # the first of the last calls, while they run, and its gradients
@@ -156,7 +159,7 @@ class OpenStep:
             part.use(evaluation)
         self._run(evaluation.index, gathered)
         self.position += 1
-        if self.judged_here and not evaluation.closes:  # of the last, ``commit`` sees
+        if self.judged_here and self.local is None and not evaluation.closes:  # of the last, ``commit`` sees
             self.broken |= not finite(self.norms.squares[self.buckets[0].device][evaluation.index])
         return True
 
@@ -174,8 +177,10 @@ class OpenStep:
         """Refuse what ``apply`` cannot be given.
 
         Raises:
-            RuntimeError: a gradient is missing, a parameter was moved, or is sharded.
+            RuntimeError: a gradient is missing, a parameter was moved, or is sharded, or ascents are local.
         """
+        if self.local is not None:
+            raise RuntimeError("apply(): expected ascents='synced', got 'local'; leave it out")
         for bucket in self.buckets:
             if bucket.sharded:
                 raise RuntimeError(f"apply(): expected plain tensors, got a DTensor: {bucket.names[0]}; leave it out")
@@ -224,8 +229,15 @@ class OpenStep:
             self.own_step.run(call, [grads for _, grads in gathered], self.buckets)
         elif call.op == "share_squares":
             self.norms.share_squares(call.slot)
+        elif call.op == "send":
+            self.local.send(call.mean, [bucket.buffers[call.mean] for bucket in self.buckets])
+        elif call.op == "receive":
+            self.local.receive(call.mean)
         elif call.op == "judge":
-            self.norms.judge(call.slot, int(self.program.recalls), len(self.program.evaluations), self.loss_scale)
+            totals = self.norms.total(int(self.program.recalls), len(self.program.evaluations))
+            if self.local is not None:
+                self.local.add_up(totals)
+            self.norms.judge(call.slot, self.loss_scale)
         else:
             per_tensor = self.settings.alpha_scope == "tensor"
             self.norms.share_sums([bucket.sums for bucket in self.buckets] if per_tensor else None)

@@ -26,6 +26,7 @@ from .arguments import (
 from .diagnostics import figures
 from .forms import Forms
 from .parts.buffers import check_model
+from .parts.local_ascents import LocalAscents
 from .parts.scaling import check_scaler
 from .program import Program, lookbehind
 from .tensors import check_added, check_parameters, params_and_names
@@ -114,6 +115,12 @@ class Lookbehind(Forms):
         same_randomness: every evaluation of a step begins with torch's random states, of the CPU and the devices, with
             which evaluation 0 has begun: dropout masks and torch's augmentation inside the closure are the same ones,
             so that a reused gradient is exactly the one that would be evaluated again. Not with given gradients.
+        ascents: under DistributedDataParallel. ``"synced"``: every gradient is the mean over ranks. ``"local"``: each
+            rank ascends with its own gradient, and descends with the mean of what ranks have found at their points:
+            m-sharpness with the ranks' minibatches as its parts (``microbatches``). ``model`` is then the
+            DistributedDataParallel module, which synchronises nothing within a step; the means are reduced while the
+            next evaluation runs, k a step, of which only the last is waited for (``parts.local_ascents``). Takes one
+            copy of the model; with ``step(closure)`` and ``evaluations()`` only.
         buffers_at_slow: the model, or None: its buffers (BatchNorm's running statistics and whatever else a forward
             pass changes) are those of the evaluations at the slow weights; what perturbed ones have done to them is
             undone (``lookbehind_fused.buffers_at_slow``). ``running_stats_at_slow`` is the name that it had.
@@ -159,6 +166,7 @@ class Lookbehind(Forms):
         loss_scale: float | Tensor = 1.0,
         closure: Callable[..., Any] | None = None,
         same_randomness: bool = False,
+        ascents: str = "synced",
         buffers_at_slow: nn.Module | None = None,
         model: nn.Module | None = None,
         backend: str = "auto",
@@ -172,7 +180,7 @@ class Lookbehind(Forms):
             **{"k": k, "alpha": alpha, "alpha_scope": alpha_scope, "rho_scope": rho_scope},
             **{"max_grad_norm": max_grad_norm, "nonfinite": nonfinite, "microbatches": microbatches},
             **{"ascent_gradient": ascent_gradient, "reuse_gradient": reuse_gradient},
-            **{"same_randomness": same_randomness},
+            **{"same_randomness": same_randomness, "ascents": ascents},
         }
         settings |= {name: getattr(self, name) for name in self.SETTINGS if name not in settings}
         self.check_settings(settings)
@@ -191,6 +199,8 @@ class Lookbehind(Forms):
             check_model(buffers_at_slow)
         check_stats(buffers_at_slow, ascent_gradient)
         elsewhere.check_model(model)
+        if ascents == "local":
+            LocalAscents(model)
         kernels.resolve(backend)
         base = build_base(params, base_optimizer, base_kwargs)
         keys = Keys.of(base)

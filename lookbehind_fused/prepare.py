@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from itertools import count
 from typing import Any
 
@@ -81,6 +82,14 @@ class Prepared:
     def look_again(self) -> None:
         """Something has changed that ``Watch`` does not see."""
         self._watch = None
+
+    def forget(self, names: Iterable[str]) -> None:
+        """Have other memory for buffers, since somebody still writes to that which they have."""
+        for bucket in self.buckets:
+            for name in names:
+                bucket.buffers.pop(name, None)
+            bucket.key = None
+        self._bound = None
 
     def see_state(self) -> None:
         """State of the buckets' own has appeared in the base's."""
@@ -175,7 +184,7 @@ class Prepared:
         for bucket in self.buckets:
             bucket.bind(program, settings, self.norms, len(self.buckets) == 1 and ranks is None)
         if ranks is not None:
-            ranks.say(
+            ranks.agreement.say(
                 {
                     "settings": (settings, len(program.evaluations), program.descents),
                     "param_groups": [len(group["params"]) for group in self.base.param_groups],

@@ -9,15 +9,16 @@ not finite anywhere is so everywhere. So all ranks read the same numbers and dec
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from itertools import repeat
 from math import prod
 from typing import Any, NamedTuple
-from zlib import crc32
 
 import torch
 from torch import Tensor
+
+from .agreement import Agreement
 
 UNIT = 32  # numbers: sums are padded to so many, so that ranks that differ in their buckets still talk of as many
 
@@ -147,18 +148,6 @@ def _ranks_of(mesh: Any) -> tuple[int, ...]:
     return tuple(sorted(mesh.mesh.flatten().tolist()))
 
 
-class Said(NamedTuple):
-    """What ranks have to agree on.
-
-    Attributes:
-        words: by what it is called, what this rank has. numbers: by device, of each a number for it, and its square:
-            where the sums of both over n ranks are s and q, they agree if and only if s^2 = n q.
-    """
-
-    words: Mapping[str, str]
-    numbers: Mapping[torch.device, Tensor]
-
-
 class Ranks:
     """Adds up what buckets have found over ranks.
 
@@ -181,24 +170,13 @@ class Ranks:
             ranks, parts = spread or Spread((), 1)
             place = next(i for i, all_of_them in enumerate(largest) if {*ranks} <= {*all_of_them})
             self.served[place].append((number, parts / self.sizes[place]))
-        self.devices = {p.device for p in tensors}
-        self.said = Said({}, {})
-        self.is_new = True  # whether what this rank says has not been compared yet
+        self.agreement = Agreement({p.device for p in tensors})
         self.listens = True  # whether the next sums are the first of a step
-        self.heard: list[tuple[int, Tensor, Any]] = []  # what came with these, and has not been compared yet
 
     @staticmethod
     def of(tensors: Sequence[Tensor]) -> Ranks | None:
         """None where all are plain."""
         return Ranks(tensors) if any_sharded(tensors) else None
-
-    def say(self, words: Mapping[str, Any]) -> None:
-        """What all ranks have to agree on, from the next sums on."""
-        given = {name: str(value) for name, value in words.items()}
-        numbers = [crc32(text.encode()) % 2**20 for text in given.values()]  # squares of which add up exactly
-        values = torch.tensor([x for n in numbers for x in (n, n * n)], dtype=torch.float64, device="cpu")
-        self.said = Said(given, {device: values.to(device) for device in self.devices})
-        self.is_new = True
 
     def open(self) -> None:
         """A step begins.
@@ -206,7 +184,7 @@ class Ranks:
         Raises:
             RuntimeError: in the last one ranks had said different things.
         """
-        self._compare()
+        self.agreement.compare()
         self.listens = True
 
     def add_up(self, found: Sequence[Tensor]) -> None:
@@ -218,7 +196,10 @@ class Ranks:
         """
         for group, size, served in zip(self.groups, self.sizes, self.served, strict=True):
             device = found[served[0][0]].device
-            parts = [self.said.numbers[device], *((found[n].reshape(-1) * weight).to(device) for n, weight in served)]
+            parts = [
+                self.agreement.numbers[device],
+                *((found[n].reshape(-1) * weight).to(device) for n, weight in served),
+            ]
             flat = torch.cat(parts)
             flat = torch.nn.functional.pad(flat, (0, -flat.numel() % UNIT))
             torch.distributed.all_reduce(flat, group=group)
@@ -226,34 +207,10 @@ class Ranks:
             for (number, _), total in zip(served, sums[1:], strict=False):
                 found[number].copy_(total.view_as(found[number]))
             if self.listens:
-                self.heard.append((size, *_on_its_way(sums[0])))
-        if self.listens and (self.is_new or all(event is None for *_, event in self.heard)):
-            self.is_new = False
-            self._compare()
+                self.agreement.hear(size, sums[0])
+        if self.listens:
+            self.agreement.compare_if_due()
         self.listens = False
-
-    def _compare(self) -> None:
-        heard, self.heard = self.heard, []
-        for size, numbers, event in heard:
-            if event is not None:
-                event.synchronize()
-            values = [*map(int, numbers.tolist())]
-            for (name, mine), s, q in zip(self.said.words.items(), values[::2], values[1::2], strict=True):
-                if s * s != size * q:
-                    raise RuntimeError(
-                        f"{name}: expected the same on all {size} ranks that share parameters, but they differ; rank "
-                        f"{torch.distributed.get_rank()} has {mine[:500]}"
-                    )
-
-
-def _on_its_way(x: Tensor) -> tuple[Tensor, Any]:
-    """A copy on the host, and what says that it has arrived."""
-    if x.device.type == "cpu":
-        return x.clone(), None
-    copy = torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)
-    event = torch.Event(x.device)
-    event.record()
-    return copy, event
 
 
 def _group_of(mesh: Any, ranks: tuple[int, ...]) -> Any:

@@ -18,8 +18,8 @@ from ..arguments import Settings
 from ..buckets import Bucket
 from ..kernels.contract import Hyper
 from ..kernels.reference import finite, gradient_scale
+from ..lowering import Call
 from ..open_step import Part
-from ..program import Call
 from ..shards import shard, shards, swap, whole
 
 

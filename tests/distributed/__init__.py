@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 def cases(ranks: int) -> dict[str, Callable[[], None]]:
     """All of them by their names."""
-    from tests.distributed import agreement, gathered, saving, table
+    from tests.distributed import agreement, gathered, local, saving, table
 
-    of_two = {**agreement.CASES, **gathered.CASES} if ranks == 2 else {}
+    of_two = {**agreement.CASES, **gathered.CASES, **local.CASES} if ranks == 2 else local.OF_ANY
     return {**table.cases(ranks), **of_two, **saving.CASES[ranks]}
