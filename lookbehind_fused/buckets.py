@@ -114,17 +114,24 @@ class Bucket:
         """
         clip = torch.inf if settings.max_grad_norm is None else settings.max_grad_norm
         unscale = 1.0 if isinstance(loss_scale, Tensor) else 1 / loss_scale
-        rows, mean_rows = [], []
+        rows, mean_rows, on_device = [], [], []
         for where, group in self.groups.items():
             check_group(group, where, self.keys)
             rho, eta = group[self.keys.rho] / settings.ascents_in_rho, group[self.keys.eta]
             if group.get("maximize"):  # of f is minimizing -f, whose ascent goes the other way
                 rho = -rho
-            rows.append([*map(float, (rho, eta, settings.static_alpha, clip, unscale, *self.rule.numbers(group)))])
+            numbers = [rho, eta, settings.static_alpha, clip, unscale, *self.rule.numbers(group)]
+            for column, x in enumerate(numbers):  # what is on the device stays there
+                if isinstance(x, Tensor) and x.device.type != "cpu":
+                    on_device.append((len(rows), column, x))
+                    numbers[column] = 0.0
+            rows.append([*map(float, numbers)])
             mean_rows.append([rho, float(eta), 1.0, torch.inf, 1.0, -1 / gathered, 0.0, 0.0, 0.0])
         for numbers, values in ((self.hyper, rows), (self.mean_hyper, mean_rows)):
             now = torch.tensor(values, dtype=torch.float64, device="cpu")
             numbers.copy_(now.pin_memory() if numbers.is_cuda else now, non_blocking=True)
+        for row, column, x in on_device:
+            self.hyper[row, column].copy_(x.detach().reshape(()), non_blocking=True)
 
     def bind(self, program: Program, settings: Settings, norms: Norms, alone: bool) -> None:
         """Have the calls of a program bound to this bucket's memory. ``alone``: nobody else has a part in the norms."""

@@ -13,8 +13,9 @@ from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from .arguments import check_closure, check_takes_evaluation
+from .arguments import check_closure, check_int, check_takes_evaluation
 from .elsewhere import check_model
+from .graphs import GraphedStep
 from .loop import Loop
 from .open_step import OpenStep
 from .parts.scaling import Scaling, check_scaler, is_stepping, scale_of
@@ -66,10 +67,16 @@ class Forms(Loop):
             )
         if self.microbatches != 1 and not given:
             check_takes_evaluation(closure, self.microbatches)
-        losses: list[Any] = []
         step = self._prepare(self.reuse_gradient)
         if given:
             self._take_given(step)
+        return self._run(step, closure, given)
+
+    def _run(self, step: OpenStep, closure: Callable[..., Any], given: bool = False) -> Any:
+        """A step that has not begun, with a closure; what ``step()`` returns. ``given``: the gradients of evaluation 0
+        are there.
+        """
+        losses: list[Any] = []
         evaluations = self._evaluate(step, given=given)
         try:
             try:
@@ -122,6 +129,47 @@ class Forms(Loop):
         """Whether the gradients that are there for evaluation 0 have been unscaled."""
         scaling = step.part_of(Scaling)
         step.given_unscaled = scaling is not None and scaling.is_unscaled()
+
+    def graphed(self, closure: Callable[..., Any], num_warmup_iters: int = 3, pool: Any = None) -> GraphedStep:
+        """Capture one outer step as a CUDA graph: its k + 1 forward and backward passes, and all passes that follow.
+
+        What the closure reads are tensors that stay where they are, as with ``torch.cuda.make_graphed_callables``: the
+        caller copies each minibatch into them. Example::
+
+            inputs, targets = first_inputs.clone(), first_targets.clone()
+
+            def closure():
+                loss = loss_fn(model(inputs), targets)
+                loss.backward()
+                return loss
+
+            step = optimizer.graphed(closure)
+            for new_inputs, new_targets in loader:      # of the same shapes
+                inputs.copy_(new_inputs)
+                targets.copy_(new_targets)
+                loss = step()
+
+        Args:
+            closure: as that of ``step()``. It must not wait for the device (``.item()``, ``.cpu()``, prints).
+            num_warmup_iters: how many steps run before, >= 1, so that whatever is made or chosen at first use is there.
+                These and the capture leave weights, state, the buffers of modules that run, ``.grad`` and torch's
+                random states as they were, for which they take a copy of them.
+            pool: memory to share with other graphs, as ``torch.cuda.graph`` takes it.
+
+        Returns:
+            A function without arguments that replays the step: ``GraphedStep``.
+
+        Raises:
+            TypeError: the closure is no function, or one that cannot be told its microbatch.
+            ValueError: parameters are not on one CUDA device, or a setting or the base optimizer cannot be captured.
+            RuntimeError: a step is open, or the closure does what cannot be captured.
+        """
+        if not callable(closure):
+            raise TypeError(f"closure: expected a function that runs forward and backward, got {closure!r}")
+        check_int("num_warmup_iters", num_warmup_iters, 1)
+        if self.microbatches != 1:
+            check_takes_evaluation(closure, self.microbatches)
+        return GraphedStep(self, closure, num_warmup_iters, pool)
 
     # ---- with a gradient scaler ----
 

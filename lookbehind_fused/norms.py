@@ -30,6 +30,11 @@ class Norms:
         self._sum = {d: torch.zeros(shape[1:], dtype=torch.float64, device=d) for d in set(devices)}
         self.sums = {d: torch.zeros(shape[1], 3, dtype=torch.float64, device=d) for d in set(devices)}
 
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All memory that steps leave figures in."""
+        return [*self._all.values(), *self.sums.values()]
+
     def share_squares(self, slot: int) -> None:
         """Give every device, of every rank, every bucket's sums of squares of a slot."""
         self._share({device: squares[slot] for device, squares in self.squares.items()})

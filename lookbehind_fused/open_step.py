@@ -81,6 +81,7 @@ class OpenStep:
         self.buckets, self.norms = buckets, norms
         self.parts, self.elsewhere, self.own_step, self.local = parts, elsewhere, own_step, local
         self.by_halves = by_halves
+        self.opened = False  # whether its buckets have been opened already
         self.phase = IDLE
         self.position = int(program.recalls)  # of the evaluation that is due
         self.final: tuple[int, Gathered] | None = None  # the first of the last calls, while they run, and its gradients
@@ -98,8 +99,9 @@ class OpenStep:
 
     def begin(self) -> None:
         """Nothing is written yet but what ``rollback`` can undo."""
-        for bucket in self.buckets:
-            bucket.open()
+        if not self.opened:
+            for bucket in self.buckets:
+                bucket.open()
         self.phase = OPEN
         for part in self.parts:
             part.begin()

@@ -95,6 +95,12 @@ class Prepared:
         """State of the buckets' own has appeared in the base's."""
         self._watch.see_state(self.base.state)
 
+    def read_again(self) -> None:
+        """Whatever the buckets have of the base's state and settings, they are to take from there."""
+        self._numbers = None
+        if self._watch is not None:
+            self._watch.forget_state()
+
     def notes_trained(self) -> bool:
         """Whether some of ``untrained`` have a gradient now: these are no longer untrained, whatever they require."""
         late = {id(p) for p in self.untrained if p.grad is not None}

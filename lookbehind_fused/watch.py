@@ -91,3 +91,7 @@ class Watch:
     def see_state(self, state: Mapping[Tensor, dict[str, Any]]) -> None:
         """The state has been adopted."""
         self._state = [*chain.from_iterable(map(dict.values, state.values())), None]
+
+    def forget_state(self) -> None:
+        """None has been adopted."""
+        self._state = []

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from lookbehind_fused import ASAM, Lookahead, Lookbehind, MultistepSAM, analysis
 from lookbehind_fused.kernels import BACKENDS as BACKENDS_BY_NAME
+from tests.kernels import graphed
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 BACKENDS = ("triton", "cuda")
@@ -46,7 +47,8 @@ def main() -> int:
             "whole steps against the reference on the CPU in float64": whole_steps,
             "the same bits from run to run": same_bits,
             "a step never waits for the device": no_synchronisation,
-            "a captured step replays as it ran": graph_capture,
+            "a step that the caller captures replays as it ran": graph_capture,
+            "captured steps, between them eager ones, other lrs, overflows": graphed.on_gpu,
             "launches per gradient evaluation": launches,
             "gradients that are lazy views, or far from the moments": gradients,
             "a gradient that is not finite undoes the step, without a wait": undone,

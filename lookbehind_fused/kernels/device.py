@@ -9,6 +9,7 @@ nothing waits for them.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -105,11 +106,37 @@ class Plan:
         return self.steps
 
     def _upload(self, values: Tensor, to: Tensor) -> None:
+        if Uploads.later is not None:
+            Uploads.later.append((values, to))
+            return
         # A pinned block of its own each time: the allocator does not hand it out again before the copy is done.
         values = values.pin_memory() if to.is_cuda else values
         to.copy_(values, non_blocking=True)
         if to.is_cuda and torch.cuda.is_current_stream_capturing():
             self.captured.append(values)  # every replay of the graph reads it again
+
+
+class Uploads:
+    """While a step is captured that is to upload nothing when it is replayed: what is to be uploaded once, afterwards.
+
+    Attributes:
+        later: values and where they go; None where uploads take place at once.
+    """
+
+    later: list[tuple[Tensor, Tensor]] | None = None
+
+    @classmethod
+    @contextmanager
+    def put_off(cls) -> Iterator[None]:
+        """Within the block nothing is uploaded; after it all is, if it was left by no exception."""
+        before, cls.later = cls.later, []
+        try:
+            yield
+            later = cls.later
+        finally:
+            cls.later = before
+        for values, to in later:
+            to.copy_(values)
 
 
 PLANS: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # of passes that are not bound, by ``table``

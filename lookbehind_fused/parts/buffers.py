@@ -42,13 +42,13 @@ class BuffersAtSlow(Part):
     def use(self, evaluation: Evaluation) -> None:
         """Keep what an evaluation at the slow weights has made of them; undo what a perturbed one has."""
         if evaluation.perturbed:
-            _put_back(self.kept)
+            put_back(self.kept)
         else:
             self.kept = self._copies()
 
     def commit(self) -> None:
         """They are what the evaluations at the slow weights have left."""
-        _put_back(self.kept)
+        put_back(self.kept)
         if self.happens is not None:
             with torch.no_grad():
                 for module, name, _, value in self.at_first or ():
@@ -58,7 +58,7 @@ class BuffersAtSlow(Part):
 
     def rollback(self) -> None:
         """They are what they were at first."""
-        _put_back(self.at_first or [])
+        put_back(self.at_first or [])
 
     @torch.no_grad()
     def _copies(self) -> list[Copy]:
@@ -70,7 +70,8 @@ class BuffersAtSlow(Part):
 
 
 @torch.no_grad()
-def _put_back(copies: list[Copy]) -> None:
+def put_back(copies: list[Copy]) -> None:
+    """Every buffer is the tensor that it was, with the value that it had."""
     for module, name, buffer, value in copies:
         if name in module._buffers and module._buffers[name] is not buffer:
             module._buffers[name] = buffer

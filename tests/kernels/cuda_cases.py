@@ -22,6 +22,7 @@ from gpusim.ptxsim import PTX, traffic
 from torch import Tensor
 
 from lookbehind_fused.kernels import Flag, cuda, device, reference
+from tests.kernels import graphed
 from tests.kernels.cuda_build import Build
 from tests.kernels.passes import VARIANTS, Case, cases, drawn
 from tests.kernels.test_triton import FULL, full_case
@@ -145,6 +146,7 @@ def main() -> int:
     parser.add_argument("--many", action="store_true", help="instead: 1 to 300 tensors, and one of 257 chunks")
     parser.add_argument("--bytes", action="store_true", help="instead: what each pass moves")
     parser.add_argument("--refused", action="store_true", help="instead: arguments that no kernel is launched with")
+    parser.add_argument("--graphed", nargs="*", help="instead: captured steps, of parts of names")
     parser.add_argument("--far", action="store_true", help="instead: the last chunk of a tensor of 3e9 elements")
     chosen = parser.parse_args()
     capability = int(chosen.where.removeprefix("sm"))
@@ -160,6 +162,8 @@ def main() -> int:
         return report(refusals(executor))
     if chosen.steps:
         return whole_steps(chosen, build)
+    if chosen.graphed is not None:
+        return graphed.report("cuda", chosen.graphed)
     if chosen.many:
         many = list(enumerate(many_tensors()))
         many = many if chosen.seed is None else random.Random(chosen.seed).sample(many, chosen.most)

@@ -31,6 +31,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, help="instead of every so manieth, draw as many cases as --most says")
     parser.add_argument("--tensors", type=int, default=0, help="how many small tensors instead of the usual ones")
     parser.add_argument("--steps", action="store_true", help="instead: whole steps of the optimizer (compiled only)")
+    parser.add_argument("--graphed", nargs="*", help="instead: captured steps (compiled only), of parts of names")
     parser.add_argument("--far", action="store_true", help="instead: the last chunk of a tensor of 3e9 elements")
     chosen = parser.parse_args()
     if chosen.where == "interpreter":
@@ -49,6 +50,11 @@ def main() -> int:
         return far()
     if chosen.steps:
         return whole_steps(chosen)
+    if chosen.graphed is not None:
+        from tests.kernels import graphed
+
+        register_by_call()
+        return graphed.report("triton", chosen.graphed)
     dtype, ran, failed = getattr(torch, chosen.dtype), 0, 0
     names = chosen.passes.split(",") if chosen.passes else sorted({name for name, _ in VARIANTS})
     sizes = SIZES["interpreter" if chosen.where == "interpreter" else "compiled"]
@@ -128,20 +134,10 @@ def executor(capability: int) -> Callable[[Any, int], None]:
 def whole_steps(asked: argparse.Namespace) -> int:
     """Lookbehind on this backend against the reference in float64, over settings and base optimizers."""
     import torch
-    from gpusim import simdriver
 
-    from lookbehind_fused.kernels.device import Call
     from tests.gpu_check import step_cases, trained
 
-    driver, launch = simdriver._active, Call.launch
-
-    def registered(self: Any) -> None:
-        driver.clear()
-        driver.register(*(p.detach() for p in self.params if p.numel()))
-        driver.register(*(g for g in self.kept if g.numel()), readonly=True)
-        launch(self)
-
-    Call.launch = registered
+    register_by_call()
     chosen = step_cases(asked.sample)
     if asked.seed is not None:
         chosen = random.Random(asked.seed).sample(step_cases(), asked.most)
@@ -156,6 +152,23 @@ def whole_steps(asked: argparse.Namespace) -> int:
                 print(f"{base[0].__name__} {settings} {dtype}: {error:.1e} > {bound:.0e}")
     print(f"{2 * len(chosen)} cases, {failed} failed")
     return int(failed > 0)
+
+
+def register_by_call() -> None:
+    """Each call of a pass tells the simulator which tensors its kernels find by address."""
+    from gpusim import simdriver
+
+    from lookbehind_fused.kernels.device import Call
+
+    driver, launch = simdriver._active, Call.launch
+
+    def registered(self: Any) -> None:
+        driver.clear()
+        driver.register(*(p.detach() for p in self.params if p.numel()))
+        driver.register(*(g for g in self.kept if g.numel()), readonly=True)
+        launch(self)
+
+    Call.launch = registered
 
 
 def far() -> int:
