@@ -8,9 +8,11 @@ nothing waits for them.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -20,6 +22,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from . import ops
 from .contract import BUFFERS, NUMBERS, Column, Flag, Hyper, RuleId
 from .schema import ARGUMENTS, completed
+
+_dtype = attrgetter("dtype")
 
 CHUNK = 4096  # elements of a program
 COLUMNS = Column.ADDRESS + 1  # of ``table``, that kernels are given
@@ -72,7 +76,7 @@ class Plan:
             raise RuntimeError(f"params: expected {self.sizes} elements as table has, got {found}")
         addresses = torch.tensor([p.data_ptr() for p in params], dtype=torch.int64, device="cpu")
         self._upload(torch.cat([table[:, : Column.ADDRESS], addresses[:, None]], 1), self.rows)
-        self.strides = [p.stride() for p in params]
+        self.strides, self.dtypes = [*map(Tensor.stride, params)], [*map(_dtype, params)]
         self.version = table._version
 
     def point_at(self, params: Sequence[Tensor], grads: Sequence[Tensor]) -> list[Tensor]:
@@ -90,12 +94,12 @@ class Plan:
                     raise RuntimeError(f"grads: tensor {i}: expected shape {tuple(p.shape)}, got {tuple(g.shape)}")
                 if any(n != 1 and a != b for n, a, b in zip(g.shape, g.stride(), p.stride(), strict=True)):
                     grads[i] = torch.empty_like(p, memory_format=torch.preserve_format).copy_(g)
-        for i, g in enumerate(grads):
-            if g.dtype != params[0].dtype:
-                raise RuntimeError(f"grads: tensor {i}: expected {params[0].dtype}, got {g.dtype}")
+        if (dtypes := [*map(_dtype, grads)]) != self.dtypes:
+            i = next(i for i, dtype in enumerate(dtypes) if dtype != params[0].dtype)
+            raise RuntimeError(f"grads: tensor {i}: expected {params[0].dtype}, got {dtypes[i]}")
         addresses = [*map(Tensor.data_ptr, grads)]
         if addresses != self.addresses:
-            self._upload(torch.tensor(addresses, dtype=torch.int64, device="cpu"), self.grads)
+            self._upload(torch.frombuffer(array("q", addresses), dtype=torch.int64), self.grads)
             self.addresses = addresses
         return grads
 
