@@ -22,7 +22,8 @@ AUTO: dict[str, tuple[str, ...]] = {"cpu": ("native", "reference"), "cuda": ("tr
 def resolve(backend: str, device: torch.device | None = None) -> ModuleType:
     """The module whose functions are the passes for tensors on ``device``; None: on any that it may serve.
 
-    ``"auto"`` is the fastest that there is, and warns once when that is the reference for want of a faster one.
+    ``"auto"`` is the fastest that there is, and warns once when that is the reference for want of a faster one, as on
+    devices that there are no kernels for (XPU, MPS).
 
     Raises:
         ValueError: ``backend`` is neither ``"auto"`` nor a name in ``BACKENDS``, or has no kernels for the device.
@@ -45,9 +46,12 @@ def resolve(backend: str, device: torch.device | None = None) -> ModuleType:
 
 
 def _fastest(device: torch.device) -> ModuleType:
-    modules = [BACKENDS[name] for name in AUTO.get(device.type, ("reference",))]
+    if device.type not in AUTO:
+        _warn_once(f"backend 'auto' uses the slower 'reference': there are no kernels for {device.type} devices")
+        return reference
+    modules = [BACKENDS[name] for name in AUTO[device.type]]
     chosen = next(module for module in modules if not module.why_not())
-    if chosen is reference and len(modules) > 1:
+    if chosen is reference:
         reasons = "; or ".join(f"{module.why_not()}; {module.REMEDY}" for module in modules[:-1])
         _warn_once(f"backend 'auto' uses the slower 'reference': {reasons}")
     return chosen

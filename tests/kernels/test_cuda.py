@@ -218,6 +218,16 @@ def test_auto_takes_triton_then_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
             assert resolve("auto", torch.device("cuda")) is chosen
 
 
+@pytest.mark.parametrize("kind", ["xpu", "mps"])
+def test_devices_without_kernels_have_the_reference(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It says so, in one line and once."""
+    monkeypatch.setattr("lookbehind_fused.kernels._warned", set())
+    said = f"backend 'auto' uses the slower 'reference': there are no kernels for {kind} devices"
+    with pytest.warns(UserWarning, match=said):
+        assert resolve("auto", torch.device(kind)) is reference
+    assert resolve("auto", torch.device(kind)) is reference  # a second warning would be an error
+
+
 def test_the_ops_of_the_package_serve_gpus() -> None:
     """Where the library has kernels for them: the same ops as for CPUs."""
     for name in SCHEMAS:
