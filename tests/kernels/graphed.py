@@ -175,6 +175,12 @@ CASES: dict[str, Callable[..., Any]] = {
 }
 
 
+def on_device(groups: Any, backend: str) -> Lookbehind:
+    """A learning rate that is a tensor, which no step waits for."""
+    lr = torch.tensor(0.05, device=where)
+    return Lookbehind(groups, torch.optim.Adam, lr=lr, capturable=True, k=2, rho=0.2, backend=backend)
+
+
 def same(what: str, a: Tensor, b: Tensor) -> None:
     if not torch.equal(a, b):
         raise AssertionError(f"{what} differ by {float((a - b).abs().max()):.1e}")
@@ -289,6 +295,7 @@ def on_gpu(backend: str) -> str:
     """All cases with CUDA's own graphs, and a model's backward passes under autocast."""
     global where
     where = "cuda"
+    CASES["lr on the device"] = on_device
     cases = table(backend)
     for name, case in cases.items():
         try:
