@@ -13,10 +13,14 @@ from torch.nn.functional import cross_entropy
 pytest.importorskip("accelerate", reason="accelerate is not installed: make trainers")
 
 from accelerate import Accelerator
+from accelerate.state import PartialState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from lookbehind_fused import SAM, LambdaSchedule, Lookahead
 from lookbehind_fused.integrations.accelerate import connect
+from tests.conftest import assert_close
 from tests.integrations.plain import (
     SAMPLES,
     STEPS,
@@ -27,6 +31,7 @@ from tests.integrations.plain import (
     data,
     make_optimizer,
     make_scheduler,
+    microbatches,
 )
 
 pytestmark = [pytest.mark.filterwarnings("ignore:::accelerate"), pytest.mark.xdist_group("transformers")]
@@ -177,3 +182,48 @@ def test_other_optimizers() -> None:
     other = accelerator.prepare(torch.optim.SGD(model.parameters(), lr=0.1))
     kind = type(other)
     assert type(connect(other)) is kind
+
+
+ON_GPUS = pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="there is no GPU, and on CPUs Accelerate's FSDP2 does not shard"
+)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=ON_GPUS)])
+def test_fsdp2(device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On one rank: the optimizer that was made before trains the shards. On a CPU Accelerate has to be told that it is
+    to shard, for there it makes DistributedDataParallel of it, and says nothing.
+    """
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    backend = "gloo" if device == "cpu" else "cpu:gloo,cuda:nccl"
+    torch.distributed.init_process_group(backend, init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        plugin = FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="no_wrap")
+        accelerator = Accelerator(cpu=device == "cpu", fsdp_plugin=plugin)
+        if device == "cpu":
+            assert accelerator.distributed_type == DistributedType.MULTI_CPU
+            assert not accelerator.is_fsdp2
+            accelerator.state.distributed_type = DistributedType.FSDP
+            PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+            accelerator.state.fsdp_plugin = plugin
+        assert accelerator.is_fsdp2
+        plain, model = Plain(), Model()
+        model, optimizer = accelerator.prepare(model, make_optimizer(model))
+        optimizer = connect(optimizer)
+        params = [p for group in optimizer.param_groups for p in group["params"]]
+        assert all(isinstance(p, DTensor) and p is q for p, q in zip(params, model.parameters(), strict=True))
+        for batch in 2 * microbatches(1):
+            inputs, targets = (x.to(device) for x in batch)
+
+            def closure(inputs: torch.Tensor = inputs, targets: torch.Tensor = targets) -> None:
+                accelerator.backward(cross_entropy(model(inputs), targets))
+
+            optimizer.closure = closure
+            closure()
+            optimizer.step()
+            optimizer.zero_grad()
+        for p, q in zip(params, plain.model.parameters(), strict=True):
+            assert_close("weights", p.detach().full_tensor().cpu(), q.detach(), 1e-6)
+    finally:
+        torch.distributed.destroy_process_group()
