@@ -61,7 +61,7 @@ class Norms:
         if by_tensor is None:
             self._share(self.sums)
         elif self.ranks is not None:
-            self.ranks.add_up(by_tensor)
+            self.ranks.add_up(by_tensor, hands_on=False)  # tensors that take no part have NaN
 
     def _share(self, rows: Mapping[torch.device, Tensor]) -> None:
         if self.ranks is not None:

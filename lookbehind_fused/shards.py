@@ -152,8 +152,8 @@ class Ranks:
     """Adds up what buckets have found over ranks.
 
     Meshes within another one are served by its all-reduce, and so are plain tensors, of which every rank has all. Of
-    meshes that only overlap, each has one of its own: what is not finite in one replica alone, which no gradient that
-    is the same on all replicas is, the ranks of the other mesh do not hear of.
+    meshes that only overlap, as the dimensions of one do, each has one of its own, and hands on to the next that there
+    was something that is not finite, be it in one replica alone. After the last all ranks of the whole mesh know of it.
 
     Args:
         tensors: of each bucket one, with the ``Spread`` that all of them have.
@@ -187,25 +187,33 @@ class Ranks:
         self.agreement.compare()
         self.listens = True
 
-    def add_up(self, found: Sequence[Tensor]) -> None:
+    def add_up(self, found: Sequence[Tensor], hands_on: bool = True) -> None:
         """Add up in place what each bucket has found, float64 of any shape.
+
+        Args:
+            hands_on: where there are several meshes, what is not finite in one bucket makes all NaN.
 
         Raises:
             RuntimeError: ranks have said different things, and this is the first of a step that shows it: at once where
                 nothing has to be waited for, or where this rank has said something new; else when the next step begins.
         """
+        hands_on = hands_on and len(self.groups) > 1
         for group, size, served in zip(self.groups, self.sizes, self.served, strict=True):
             device = found[served[0][0]].device
             parts = [
                 self.agreement.numbers[device],
                 *((found[n].reshape(-1) * weight).to(device) for n, weight in served),
             ]
+            if hands_on:  # 0, or NaN
+                parts.append(torch.stack([(x.sum() * 0).to(device) for x in found]).sum(0, keepdim=True))
             flat = torch.cat(parts)
             flat = torch.nn.functional.pad(flat, (0, -flat.numel() % UNIT))
             torch.distributed.all_reduce(flat, group=group)
             sums = flat.split([*map(Tensor.numel, parts), flat.numel() - sum(map(Tensor.numel, parts))])
             for (number, _), total in zip(served, sums[1:], strict=False):
                 found[number].copy_(total.view_as(found[number]))
+            for x in found if hands_on else ():
+                x.add_(sums[-2].to(x.device))
             if self.listens:
                 self.agreement.hear(size, sums[0])
         if self.listens:

@@ -1,5 +1,6 @@
 """What two processes do together, for ``test_own_step``: ``python -m tests.ranks FOLDER RANK 2``."""
 
+import itertools
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -14,7 +15,7 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 
 from lookbehind_fused import Lookbehind
-from tests.conftest import BACKENDS, assert_equal, drive
+from tests.conftest import BACKENDS, assert_close, assert_equal, drive
 from tests.distributed.launch import run_cases
 from tests.twin import Lister, Twin, values
 
@@ -85,6 +86,42 @@ def trains_as_one_process(backend: str, rank: int) -> None:
             assert difference < 1e-12, f"k = {k}: momentum"
 
 
+def trains_through_ddp(backend: str, rank: int) -> None:
+    """ZeRO under DistributedDataParallel, whose backward averages: against one process with all the examples, or, where
+    ascents are local, with a microbatch for each rank. Clipped, or not.
+    """
+    for ascents, clip in itertools.product(("synced", "local"), (None, 0.5)):
+        models = []
+        for _ in range(2):
+            torch.manual_seed(0)
+            models.append(nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1)).double())
+        wrapped, alone = DistributedDataParallel(models[0]), models[1]
+        settings = {"k": 2, "alpha": 0.4, "rho": 0.2, "max_grad_norm": clip, "backend": backend}
+        given = {"ascents": "local", "model": wrapped} if ascents == "local" else {}
+        optimizer = Lookbehind(None, zero(wrapped.parameters()), **settings, **given)
+        parts = 2 if ascents == "local" else 1
+        other = Lookbehind(alone.parameters(), torch.optim.SGD, microbatches=parts, **SGD, **settings)
+
+        def evaluate(model: nn.Module, x: Tensor) -> Tensor:
+            loss = (model(x).squeeze(-1) - x.sin().sum(-1)).square().mean()
+            loss.backward()
+            return loss.detach()
+
+        for step in range(4):
+            x = values(8, 3, seed=step)
+            optimizer.step(partial(evaluate, wrapped, x.chunk(2)[rank]))
+            if parts == 1:
+                other.step(partial(evaluate, alone, x))
+            else:
+                other.step(lambda evaluation, x=x, alone=alone: evaluate(alone, evaluation.part(x)))
+            for (name, p), q in zip(models[0].named_parameters(), alone.parameters(), strict=True):
+                assert_close(f"{ascents}, {clip}, step {step}: {name}", p.detach(), q.detach(), 1e-12)
+        norms = [found.diagnostics["grad_norm"].item() for found in (optimizer, other)]
+        assert clip is None or norms[1] > clip
+        kept = optimizer.base_optimizer.optim.state
+        assert 0 < len(kept) < len(models[0].state_dict()), "each rank keeps its share"
+
+
 class Failure(Exception):
     pass
 
@@ -133,6 +170,7 @@ CASES: dict[str, Callable[[str, int], None]] = {
     "ddp-bfloat16-Lister": partial(reduces_as_often_as_it_evaluates, torch.bfloat16, Lister),
     "ddp-float32-Lister": partial(reduces_as_often_as_it_evaluates, torch.float32, Lister),
     "zero-trains": trains_as_one_process,
+    "zero-ddp": trains_through_ddp,
     "zero-undone": what_fails_is_undone,
     "zero-refused": memory_of_its_own_is_refused,
 }

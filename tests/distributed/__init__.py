@@ -7,5 +7,5 @@ def cases(ranks: int) -> dict[str, Callable[[], None]]:
     """All of them by their names."""
     from tests.distributed import agreement, gathered, local, saving, table
 
-    of_two = {**agreement.CASES, **gathered.CASES, **local.CASES} if ranks == 2 else local.OF_ANY
-    return {**table.cases(ranks), **of_two, **saving.CASES[ranks]}
+    two, four = {**agreement.CASES, **gathered.CASES, **local.CASES}, {**agreement.OF_FOUR, **local.OF_ANY}
+    return {**table.cases(ranks), **(two if ranks == 2 else four), **saving.CASES[ranks]}

@@ -1,8 +1,10 @@
-"""Ranks that disagree, gradients and parameters of all kinds, steps that do not happen: on two ranks."""
+"""Ranks that disagree, gradients and parameters of all kinds, steps that do not happen: on two ranks, or four."""
 
+import itertools
 from collections.abc import Callable
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -13,9 +15,9 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 from lookbehind_fused import SAM, Lookbehind, analysis
-from lookbehind_fused.shards import shard, shards
+from lookbehind_fused.shards import Ranks, shard, shards
 from tests.conftest import assert_close, assert_equal
-from tests.distributed.table import BASES, TOLERANCE, Collectives, fsdp, full, make_model
+from tests.distributed.table import BASES, TOLERANCE, Collectives, Run, fsdp, full, make_model, mesh_of, tensor_parallel
 from tests.twin import values
 
 SGD = {"lr": 0.1, "momentum": 0.8}
@@ -88,6 +90,34 @@ def different_groups() -> None:
     if dist.get_rank() == 1:
         few.optimizer = Lookbehind([{"params": [p]} for p in few.params], torch.optim.SGD, rho=0.2, **SGD)
     few.refused("param_groups: expected the same on all 2 ranks")
+
+
+def different_trained() -> None:
+    """A parameter that was never trained on one rank."""
+    few = Few(k=2)
+    few.params[1].requires_grad_(dist.get_rank() == 0)
+    few.meddle = lambda params, evaluation: setattr(params[1], "grad", None)
+    few.refused("parameters: expected the same on all 2 ranks")
+
+
+def different_late() -> None:
+    """Where comparing would wait for the device, a rank hears a step late of what another one has changed."""
+    event = mock.Mock()
+    with mock.patch("lookbehind_fused.agreement._on_its_way", lambda x: (x.clone(), event)):
+        few = Few(k=1, alpha=0.4)
+        few.both()
+        few.both()
+        if dist.get_rank() == 1:
+            few.optimizer.alpha = 0.5
+        else:
+            few.step()
+        few.refused("settings: expected the same on all 2 ranks")
+        assert event.synchronize.called
+        few.optimizer.alpha = 0.4
+        before = [x.clone() for x in shards(p.detach() for p in few.params)]
+        few.step()
+    for number, (p, w) in enumerate(zip(few.params, before, strict=True)):
+        assert not w.numel() or not torch.equal(shard(p.detach()), w), number
 
 
 def added(where: tuple[int, ...]) -> None:
@@ -166,6 +196,42 @@ def low_precision(base: str) -> None:
         for number, (p, q) in enumerate(zip(few.params, few.plain, strict=True)):
             assert p.dtype == torch.bfloat16
             assert_close(f"weights of tensor {number}", full(p), q.detach(), 2**-7)
+
+
+def comes_and_goes() -> None:
+    """Gradients that are missing at some evaluations, and a tensor that is trained only within them."""
+    few = Few(k=3, alpha="adaptive")
+
+    def misses(params: list[nn.Parameter], evaluation: int) -> None:
+        for number in {0: (1,), 1: (0, 3), 2: ()}.get(evaluation, (2,)):
+            params[number].grad = None
+
+    few.meddle = misses
+    for _ in range(2):
+        few.both()
+    few = Few(k=2)
+    for params in (few.params, few.plain):
+        params[0].requires_grad_(False)
+    for _ in range(2):
+        few.both()
+
+
+def given_another_dtype() -> None:
+    """With the state that it has, as with plain tensors; FSDP2 itself cannot be given one after a forward pass."""
+    runs = [
+        Run(arrange(make_model()), partial(Lookbehind, k=2, rho=0.2), "Adam", "native")
+        for arrange in (lambda model: model, lambda model: tensor_parallel(model)[0])
+    ]
+    for cast in (nn.Module.double, nn.Module.float, nn.Module.double):
+        for run in runs:
+            run.optimizer.zero_grad()  # of a DTensor the cast gradient is another tensor than the last step's
+            cast(run.model)
+            run.dtype = next(run.model.parameters()).dtype
+            for _ in range(2):
+                run.step()
+        for p, q in zip(runs[0].params, runs[1].params, strict=True):
+            assert p.dtype == q.dtype == runs[0].dtype
+            assert_close("weights", full(q), p.detach(), 1e-5)
 
 
 def many_buckets() -> None:
@@ -302,11 +368,35 @@ def no_gradients() -> None:
         assert_equal("weights", shard(p.detach()), w)
 
 
+def not_finite_in_a_replica() -> None:
+    """Of meshes that cross, on four ranks: wherever it is found, and in whichever tensor, all ranks know of all."""
+    mesh = mesh_of(2, 2, names=("dp", "tp"))
+    x = torch.ones(4, 2)
+    sharded = [distribute_tensor(x, mesh[name], [at]) for name in ("dp", "tp") for at in (Shard(0), Replicate())]
+    tensors = [*sharded, x]
+    ranks = Ranks(tensors)
+    for rank, number, value in itertools.product(range(4), range(5), (None, torch.inf, torch.nan)):
+        found = [torch.tensor([1.0, 2.0], dtype=torch.float64) for _ in tensors]
+        if value is not None and dist.get_rank() == rank:
+            found[number][1] = value
+        with Collectives() as collectives:
+            ranks.add_up(found)
+        assert len(collectives.sizes) == 2
+        for parts, sums in zip((2, 1, 2, 1, 1), found, strict=True):
+            if value is None:
+                assert sums.tolist() == [parts, 2.0 * parts]
+            else:
+                assert sums.isnan().all(), (rank, number, value)
+
+
+OF_FOUR: dict[str, Callable[[], None]] = {"crossed-not-finite": not_finite_in_a_replica}
 CASES: dict[str, Callable[[], None]] = {
     "differ-k": partial(different, "k", 3, "settings: expected the same on all 2 ranks"),
     "differ-alpha": partial(different, "alpha", 0.7, "settings: expected the same on all 2 ranks"),
     "differ-scope": partial(different, "max_grad_norm", 0.1, "settings: expected the same on all 2 ranks"),
     "differ-groups": different_groups,
+    "differ-trained": different_trained,
+    "differ-late": different_late,
     "added": partial(added, (0, 1)),
     "added-on-one": partial(added, (1,)),
     "placed-otherwise": placed_otherwise,
@@ -314,6 +404,8 @@ CASES: dict[str, Callable[[], None]] = {
     "refused-analysis": analysis_is_refused,
     "partial-gradients": gradients_that_are_partial,
     **{f"bfloat16-{base}": partial(low_precision, base) for base in BASES},
+    "comes-and-goes": comes_and_goes,
+    "another-dtype": given_another_dtype,
     "many-buckets": many_buckets,
     "apply-refused": compiled_form_is_refused,
     **{f"not-finite-{n}-{e}": partial(not_finite, n, e, 3) for n, e in ((0, 1), (2, 0), (3, 2), (0, 3))},
