@@ -260,7 +260,7 @@ class Bucket:
             grads: list[Any] = [grad for p in self.params if (grad := p.grad) is not None]
             if len(grads) < len(rows):
                 rows = tuple([row for row, p in enumerate(self.params) if p.grad is not None])
-                if rows and self.program.sends:  # other ranks may have reached more
+                if rows and self.program.over_ranks:  # other ranks may have reached more
                     grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.params]
                     rows = self.all_rows
         else:

@@ -118,9 +118,9 @@ class Lookbehind(Forms):
         ascents: under DistributedDataParallel. ``"synced"``: every gradient is the mean over ranks. ``"local"``: each
             rank ascends with its own gradient, and descends with the mean of what ranks have found at their points:
             m-sharpness with the ranks' minibatches as its parts (``microbatches``). ``model`` is then the
-            DistributedDataParallel module, which synchronises nothing within a step; the means are reduced while the
-            next evaluation runs, k a step, of which only the last is waited for (``parts.local_ascents``). Takes one
-            copy of the model; with ``step(closure)`` and ``evaluations()`` only.
+            DistributedDataParallel module, which averages the last gradient of a step alone; the means of those
+            between are reduced while the next evaluation runs (``parts.local_ascents``). Takes a copy of the model for
+            k > 1; with ``step(closure)`` and ``evaluations()`` only.
         buffers_at_slow: the model, or None: its buffers (BatchNorm's running statistics and whatever else a forward
             pass changes) are those of the evaluations at the slow weights; what perturbed ones have done to them is
             undone (``lookbehind_fused.buffers_at_slow``). ``running_stats_at_slow`` is the name that it had.

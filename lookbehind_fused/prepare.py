@@ -73,7 +73,10 @@ class Prepared:
             self._bind(program, settings)
         if self.norms.ranks is not None:
             self.norms.ranks.open()
-        self._read_numbers(program, settings, loss_scale)
+        scaled_on_device = isinstance(loss_scale, Tensor)
+        numbers = watch.values, settings, program.gathered, None if scaled_on_device else loss_scale
+        if scaled_on_device or numbers != self._numbers:
+            self._read_numbers(numbers, loss_scale)
         if not watch.same_state(self.base.state):
             for bucket in self.buckets:
                 bucket.adopt_state()
@@ -199,17 +202,15 @@ class Prepared:
             )
         self._bound = program, settings
 
-    def _read_numbers(self, program: Program, settings: Settings, loss_scale: float | Tensor) -> None:
-        """Bring the buckets' numbers up to date with the groups and the settings."""
-        scaled_on_device = isinstance(loss_scale, Tensor)
-        values = self._watch.values
-        now = values, settings, program.gathered, None if scaled_on_device else loss_scale
+    def _read_numbers(self, now: tuple, loss_scale: float | Tensor) -> None:
+        """Bring the buckets' numbers up to date with the groups, the settings and what else they are made of."""
         if now != self._numbers:
+            values, settings, gathered, _ = now
             for bucket in self.buckets:
-                bucket.read_numbers(settings, program.gathered, loss_scale)
+                bucket.read_numbers(settings, gathered, loss_scale)
             unseen = self.rule is NO_RULE or any(isinstance(value, Tensor) for of_group in values for value in of_group)
             self._numbers = None if unseen else now
-        if scaled_on_device:
+        if isinstance(loss_scale, Tensor):
             for bucket in self.buckets:
                 bucket.hyper[:, Hyper.UNSCALE] = loss_scale.detach().reshape(()).double().reciprocal()
 

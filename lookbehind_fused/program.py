@@ -71,7 +71,7 @@ class Program(NamedTuple):
         recalls: evaluation 0 does not take place: its gradient is the last one of the step before.
         descents: how often the base optimizer descends.
         means: the names of means, which are those of their buffers. gathered: of how many gradients each is the mean.
-        sends: means are those over ranks: then every tensor takes part, whatever this rank reaches.
+        over_ranks: descents are with means over ranks: then every tensor takes part, whatever this rank reaches.
     """
 
     evaluations: tuple[Evaluation, ...]
@@ -80,7 +80,7 @@ class Program(NamedTuple):
     descents: int
     means: tuple[str, ...]
     gathered: int
-    sends: bool = False
+    over_ranks: bool = False
 
     @property
     def slots(self) -> int:
@@ -203,7 +203,8 @@ def over_ranks(program: Program, ranks: int) -> Program:
     """The same method with means over ranks in its descents, while each rank ascends with gradients of its own.
 
     A mean is sent when the last gradient of this rank has been gathered, and used as late as may be: after the
-    evaluation of the next one, or at the end. No ascent depends on a descent.
+    evaluation of the next one, or at the end. No ascent depends on a descent. The last gradient of a step follows no
+    ascent: where it is descended with as it is, whoever averages gradients anyway has it.
     """
     uses = [[*of_one] for of_one in program.uses]
     gathers = {use.mean: index for index, of_one in enumerate(uses) for use in of_one if use.verb == "gather"}
@@ -212,12 +213,14 @@ def over_ranks(program: Program, ranks: int) -> Program:
         place += uses[index][place : place + 1] == [Use("ascend")]  # the pass that gathers ascends, too
         uses[index].insert(place, Use("send", mean))
     waiting: list[Use] = []
-    for of_one in uses:
+    for of_one in uses[:-1]:
         if Use("descend") in of_one:
             rest = [use for use in of_one if use != Use("descend")]
             place = int(rest[:1] == [Use("ascend")])
             of_one[:] = [*waiting, Use("gather", SENT), *rest[:place], Use("send", SENT), *rest[place:]]
             waiting = [Use("descend", SENT)]
-    uses[-1] += waiting
+    uses[-1][:0] = waiting
     means = (*program.means, *((SENT,) if waiting else ()))
-    return program._replace(uses=tuple(map(tuple, uses)), means=means, gathered=program.gathered * ranks, sends=True)
+    return program._replace(
+        uses=tuple(map(tuple, uses)), means=means, gathered=program.gathered * ranks, over_ranks=True
+    )

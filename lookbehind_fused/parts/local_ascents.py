@@ -1,10 +1,11 @@
 """Local ascents: under DDP each rank ascends with its own gradients, and descends with their means over ranks.
 
-That is m-sharpness (Foret et al. 2021, section 3) with a rank's minibatch for each of its parts. Within a step the
-module synchronises nothing; the gradient of evaluation 0, with which nobody descends, is never sent, and of each other
-one the mean over ranks is reduced while the next evaluation runs: no ascent depends on a descent. So of the k large
-all-reduces of a step only the last is waited for. They are made in the flat buffer of the mean, one for each bucket,
-in the dtype that is computed in: one copy of the gradients for any k, and k with microbatches.
+That is m-sharpness (Foret et al. 2021, section 3) with a rank's minibatch for each of its parts. The gradient of
+evaluation 0, with which nobody descends, is never sent. The last one of a step, with which nobody ascends, the module
+averages within its backward pass, as for any optimizer. Of each between the mean is reduced while the next evaluation
+runs, since no ascent depends on a descent, in the flat buffer of the mean, one for each bucket, in the dtype that is
+computed in: one copy of the gradients for any k > 1. So a step sends k gradients, and waits for what a step of SGD
+waits for. With microbatches all k means are reduced so: k copies, of which the last is waited for.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from ..agreement import Agreement
 from ..arguments import Settings
 from ..open_step import Part
 from ..prepare import Prepared
-from ..program import Program
+from ..program import Evaluation, Program
 from ..shards import is_sharded
 
 
@@ -56,6 +57,7 @@ class LocalAscents(Part):
         self.agreement = Agreement(())
         self._prepared: Prepared | None = None
         self._followed: tuple[Any, ...] = ()
+        self._before_last: int | None = None  # the evaluation before the one whose gradient the module averages
         self._before: list[tuple[Any, bool, bool]] = []  # modules, and what is to come back
         self._pending: dict[str, list[Any]] = {}  # by the name of a mean the all-reduces of it that are under way
         self._digest: tuple[Any, Tensor] | None = None
@@ -68,10 +70,10 @@ class LocalAscents(Part):
             RuntimeError: the module's gradients are communicated in another way than by their mean.
         """
         for m in self.modules:
-            if getattr(m, "_comm_hooks", None):
+            if program.means and getattr(m, "_comm_hooks", None):
                 raise RuntimeError(
-                    "ascents: expected 'synced' with a communication hook of DistributedDataParallel, whose reducer "
-                    "local ascents do without, got 'local'"
+                    "ascents: expected 'synced' with a communication hook of DistributedDataParallel, through which "
+                    "only the last of a step's means would go, got 'local'"
                 )
         now = prepared.tensors, prepared.buckets, program, settings
         if len(now) == len(self._followed) and all(a is b for a, b in zip(now, self._followed, strict=True)):
@@ -96,21 +98,13 @@ class LocalAscents(Part):
             }
         )
         self._prepared, self._followed = prepared, now
+        last = len(program.evaluations) - 1
+        self._before_last = last - 1 if program.evaluations[last].descends else None
 
     # ---- means ----
 
     def send(self, mean: str, buffers: Sequence[Tensor]) -> None:
-        """Have a mean's part of this rank added to those of the others, in place, while other things happen.
-
-        Raises:
-            RuntimeError: ranks do not agree (``Agreement``).
-        """
-        if self._digest is not None:
-            work, sums = self._digest
-            work.wait()
-            self._digest = None
-            self.agreement.hear(self.ranks, sums)
-            self.agreement.compare_if_due()
+        """Have a mean's part of this rank added to those of the others, in place, while other things happen."""
         works = self._pending.setdefault(mean, [])
         for buffer in buffers:
             works.append(torch.distributed.all_reduce(buffer, group=self.group, async_op=True))
@@ -129,7 +123,7 @@ class LocalAscents(Part):
     # ---- in a step ----
 
     def begin(self) -> None:
-        """The module synchronises nothing from now on, but its buffers, before the first forward pass."""
+        """The module synchronises nothing from now on, but its buffers before the first forward pass."""
         if self._before:  # it begins again
             return
         self.agreement.compare()
@@ -138,6 +132,22 @@ class LocalAscents(Part):
         for m in self.modules:
             m.require_backward_grad_sync = False
         self._digest = torch.distributed.all_reduce(numbers, group=self.group, async_op=True), numbers
+
+    def use(self, evaluation: Evaluation) -> None:
+        """Go on, if ranks agree.
+
+        Raises:
+            RuntimeError: they do not (``Agreement``).
+        """
+        if self._digest is not None:
+            work, sums = self._digest
+            work.wait()
+            self._digest = None
+            self.agreement.hear(self.ranks, sums)
+            self.agreement.compare_if_due()
+        if evaluation.index == self._before_last:
+            for m in self.modules:
+                m.require_backward_grad_sync = True
 
     def commit(self) -> None:
         """The module is as it was."""

@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 from unittest import mock
@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from lookbehind_fused import SAM, Lookbehind, MultistepSAM
 from lookbehind_fused.parts.local_ascents import LocalAscents
 from tests.conftest import BACKENDS, assert_close, assert_equal
-from tests.distributed.table import BASES, METHODS, TOLERANCE, Collectives, fsdp, make_model
+from tests.distributed.table import BASES, METHODS, TOLERANCE, fsdp, make_model
 from tests.twin import values
 
 SGD = {"lr": 0.1, "momentum": 0.8}
@@ -53,7 +53,8 @@ class Pair:
     ) -> None:  # fmt: skip
         base_class, of_base = BASES[base]
         self.ranks, self.rank, self.microbatches = dist.get_world_size(), dist.get_rank(), microbatches
-        self.model = DistributedDataParallel(make_model().to(dtype))
+        unused = make_model is Branched  # parameters that the last evaluation, which the module averages, may not reach
+        self.model = DistributedDataParallel(make_model().to(dtype), find_unused_parameters=unused)
         self.alone = make_model().to(dtype)
         self.optimizer, self.other = (
             make(self.groups(model), base_class, backend=backend, **of_base, **settings, **own)
@@ -213,20 +214,24 @@ class Recorder:
 
 
 def order(k: int) -> None:
-    """k means, of which the last alone is waited for with nothing beside it; that of evaluation 0 is never sent."""
+    """The gradient of evaluation 0 is never sent; of each but the last, which the module itself averages, the mean is
+    sent before the next evaluation and waited for after it.
+    """
     pair = Pair(k=k, rho=0.2)
     pair.both()
     with Recorder() as recorder:
         pair.spoil = lambda model, part, index: recorder.events.append(f"evaluation {index}")
         pair.step()
-    expected = ["send numbers", "evaluation 0", "evaluation 1", "wait for numbers", "send mean"]
-    for i in range(2, k + 1):
-        expected += [f"evaluation {i}", "wait for mean", "send mean"]
-    assert recorder.events == [*expected, "wait for mean"], recorder.events
+    expected = ["send numbers", "evaluation 0", "wait for numbers"]
+    for i in range(1, k):
+        expected += [f"evaluation {i}", *(["wait for mean"] if i > 1 else []), "send mean"]
+    assert recorder.events == [*expected, f"evaluation {k}", *(["wait for mean"] if k > 1 else [])], recorder.events
 
 
 def all_that_is_sent() -> None:
-    """As the profiler counts it: DDP's own reducer sends nothing within a step, and each gradient outside of it."""
+    """As the profiler counts it, with a single bucket of DDP's reducer: k gradients and a few numbers, and, where a
+    step may be undone, a few more; with synced ascents k + 1 gradients.
+    """
 
     def counted(pair: Pair) -> int:
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
@@ -245,8 +250,8 @@ def all_that_is_sent() -> None:
 
 
 def extra_memory() -> None:
-    """One copy of the gradients for any k, and k with microbatches."""
-    for k, microbatches, copies in ((1, 1, 1), (2, 1, 1), (5, 1, 1), (3, 2, 3)):
+    """One copy of the gradients for any k > 1, and k with microbatches."""
+    for k, microbatches, copies in ((1, 1, 0), (2, 1, 1), (5, 1, 1), (1, 2, 1), (3, 2, 3)):
         pair = Pair(k=k, microbatches=microbatches)
         pair.both()
         (bucket,) = pair.optimizer._prepared.buckets
@@ -369,7 +374,7 @@ def what_fails_is_undone(base: str) -> None:
     for w, p in zip(before, pair.model.parameters(), strict=True):
         assert_equal("weights", p.detach(), w)
     pair.spoil = lambda model, part, index: None
-    for verb, time, after in itertools.product(("begin", "send", "receive", "commit"), (0, 2), (False, True)):
+    for verb, time, after in itertools.product(("begin", "use", "send", "receive", "commit"), (0, 1), (False, True)):
         if verb in ("begin", "commit") and time:
             continue
         pair.optimizer.zero_grad()
@@ -476,13 +481,15 @@ def different(name: str, value: Any) -> None:
         pair.both()
 
 
-def compressed() -> None:
-    """Synced ascents under a compression hook: every gradient of the step goes through it, as in a loop by hand."""
+def compressed(ascents: str) -> None:
+    """Each gradient that is averaged goes through a hook that compresses it, as in a loop by hand: all, or of SAM with
+    local ascents that of the descent.
+    """
     torch.manual_seed(0)
     model, other = (DistributedDataParallel(make_model().float()) for _ in range(2))
     for wrapped in (model, other):
         wrapped.register_comm_hook(None, fp16_compress_hook)
-    optimizer = SAM(model.parameters(), torch.optim.SGD, rho=0.2, **SGD)
+    optimizer = SAM(model.parameters(), torch.optim.SGD, rho=0.2, ascents=ascents, model=model, **SGD)
     by_hand = torch.optim.SGD(other.parameters(), **SGD)
 
     def evaluate(model: nn.Module, step: int) -> Tensor:
@@ -493,9 +500,9 @@ def compressed() -> None:
         return loss.detach()
 
     for step in range(4):
-        with Collectives():
-            optimizer.step(partial(evaluate, model, step))
-        evaluate(other, step)
+        optimizer.step(partial(evaluate, model, step))
+        with other.no_sync() if ascents == "local" else nullcontext():
+            evaluate(other, step)
         params = list(other.parameters())
         start = [p.detach().clone() for p in params]
         norm = torch.cat([p.grad.flatten() for p in params]).norm()
@@ -528,5 +535,5 @@ CASES: dict[str, Callable[[], None]] = {
     "local-refused": refused,
     "local-refused-later": refused_at_the_step,
     **{f"local-differ-{n}": partial(different, n, v) for n, v in (("k", 3), ("alpha", 0.7), ("max_grad_norm", 0.1))},
-    "compressed": compressed,
+    **{f"compressed-{ascents}": partial(compressed, ascents) for ascents in ("synced", "local")},
 }
