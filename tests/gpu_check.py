@@ -444,7 +444,7 @@ def own_work(shapes: list[tuple[int, ...]]) -> str:
     from benchmarks.bench.bounds import bytes_per_parameter
     from benchmarks.bench.contenders import CONTENDERS
     from benchmarks.bench.settings import Settings
-    from benchmarks.bench.timing import ratios
+    from benchmarks.spread import ratios
 
     torch._inductor.config.loop_ordering_after_fusion = False  # torch 2.11 fails over the compiled peer with it
     settings, elements = Settings(), sum(torch.Size(s).numel() for s in shapes)

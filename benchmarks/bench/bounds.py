@@ -8,7 +8,8 @@ from typing import Any
 
 from benchmarks.bench.settings import Settings
 from benchmarks.bench.shapes import TITLES
-from benchmarks.bench.timing import Spread, exponent, ratios
+from benchmarks.bench.timing import exponent
+from benchmarks.spread import Spread, ratios
 
 HOLDS, FAILS, MISSING = "holds", "FAILS", "not measured"
 Measurements = list[dict[str, Any]]
@@ -96,16 +97,12 @@ def _verdict(holds: bool) -> str:
     return HOLDS if holds else FAILS
 
 
-def _show(spread: Spread, unit: str = "", digits: int = 2) -> str:
-    return f"{spread.median:.{digits}f}{unit} ({spread.low:.{digits}f} to {spread.high:.{digits}f})"
-
-
 def _ratio(what: str, least: float, m: Mapping[str, Any] | None, above: str) -> Bound:
     bound = f"at least {least:g}"
     if m is None or above not in m["seconds"]:
         return Bound(what, bound)
     spread = ratios(m["seconds"][above], m["seconds"]["native"])
-    return Bound(what, bound, _show(spread), _verdict(spread.median >= least))
+    return Bound(what, bound, spread.show(), _verdict(spread.median >= least))
 
 
 def _bandwidth(what: str, m: Mapping[str, Any] | None) -> Bound:
@@ -115,7 +112,7 @@ def _bandwidth(what: str, m: Mapping[str, Any] | None) -> Bound:
     best = [max(pair) for pair in zip(found["copy"], found["add"], strict=True)]
     spread = ratios(found["native"], best)
     absolute = f", {Spread.of(found['native']).median / 1e9:.1f} GB/s"
-    return Bound(what, "at least 0.8", _show(spread) + absolute, _verdict(spread.median >= 0.8))
+    return Bound(what, "at least 0.8", spread.show() + absolute, _verdict(spread.median >= 0.8))
 
 
 def _evaluations(measurements: Measurements) -> Bound:
@@ -141,7 +138,7 @@ def _groups(measurements: Measurements) -> Bound:
     for m in measurements:
         if m["group"] == "groups":
             one, fifty = m["launches"]["one"], m["launches"]["fifty"]
-            time = _show(ratios(m["seconds"]["fifty"], m["seconds"]["one"]))
+            time = ratios(m["seconds"]["fifty"], m["seconds"]["one"]).show()
             return Bound(what, bound, f"{fifty} and {one}; {time} times the time", _verdict(fifty == one))
     return Bound(what, bound)
 
@@ -166,7 +163,7 @@ def _foreach(measurements: Measurements) -> Bound:
         return Bound(what, bound)
     found = [(ratios(m["seconds"]["foreach"], m["seconds"]["native"]), m["case"]) for m in timed]
     spread, case = min(found, key=lambda entry: entry[0].median)
-    return Bound(what, bound, f"{_show(spread)} at {case}, of {len(found)}", _verdict(spread.median >= 1))
+    return Bound(what, bound, f"{spread.show()} at {case}, of {len(found)}", _verdict(spread.median >= 1))
 
 
 def _sam(what: str, least: float, m: Mapping[str, Any] | None) -> Bound:
@@ -174,7 +171,7 @@ def _sam(what: str, least: float, m: Mapping[str, Any] | None) -> Bound:
     if m is None:
         return Bound(what, bound)
     spread = ratios(m["seconds"]["port"], m["seconds"]["pair"])
-    return Bound(what, bound, f"{_show(spread)}, weights bit-equal", _verdict(spread.median >= least))
+    return Bound(what, bound, f"{spread.show()}, weights bit-equal", _verdict(spread.median >= least))
 
 
 def _missing(measurements: Measurements) -> Bound:
@@ -182,7 +179,7 @@ def _missing(measurements: Measurements) -> Bound:
     for m in measurements:
         if m["group"] == "missing":
             spread = ratios(m["seconds"]["missing"], m["seconds"]["all"])
-            return Bound(what, bound, _show(spread), _verdict(spread.median <= MISSING_GRADIENT))
+            return Bound(what, bound, spread.show(), _verdict(spread.median <= MISSING_GRADIENT))
     return Bound(what, bound)
 
 
@@ -251,7 +248,7 @@ def _overhead(measurements: Measurements) -> Bound:
     for m in measurements:
         if m["group"] == "overhead":
             spread = Spread.of([1e6 * s for s in m["seconds"]["native"]])
-            measured = _show(spread, " µs", 0)
+            measured = spread.show(" µs", 0)
             if "ops" in m["seconds"]:
                 measured += f"; {1e6 * Spread.of(m['seconds']['ops']).median:.0f} of it the ops and gradients alone"
             return Bound(what, bound, measured, _verdict(spread.median < 150))

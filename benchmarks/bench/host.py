@@ -14,7 +14,7 @@ from unittest.mock import patch
 
 import torch
 
-from benchmarks.bench.timing import Spread
+from benchmarks.spread import Spread
 from lookbehind_fused import Lookbehind, open_step
 from lookbehind_fused.kernels import cuda
 

@@ -15,8 +15,8 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullForma
 from benchmarks.bench.bounds import OWN_WORK, WHOLE_STEP, bandwidth, scaling
 from benchmarks.bench.settings import Settings
 from benchmarks.bench.shapes import TITLES
-from benchmarks.bench.timing import Spread, ratios
 from benchmarks.methods import METHODS
+from benchmarks.spread import Spread, ratios
 from benchmarks.style import FAINT, HEAD, INK, STYLE, canvas
 
 COLOURS = {

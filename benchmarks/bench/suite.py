@@ -15,6 +15,7 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # nothing from the profiler bet
 
 from benchmarks.bench.timing import Clock
 from benchmarks.files import UserError
+from benchmarks.machine import processor
 
 # In this order: what compiles comes last. It leaves a heap in which the tensors of all later cases lie far apart.
 GROUPS = {
@@ -205,12 +206,3 @@ def environment(argv: list[str], load: float, seconds: float) -> dict[str, Any]:
 def warn(line: str) -> None:
     """A line for people."""
     print(f"benchmarks.bench: {line}", file=sys.stderr, flush=True)
-
-
-def processor() -> str:
-    """The processor's name."""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()

@@ -8,16 +8,16 @@ from typing import Any
 from benchmarks.bench.bounds import Bound, Measurements
 from benchmarks.bench.settings import Settings
 from benchmarks.bench.shapes import TITLES
-from benchmarks.bench.timing import Spread
+from benchmarks.spread import Spread
+from benchmarks.tables import aligned, markdown
 
 
 def as_text(table: Iterable[Bound]) -> str:
     """For a terminal."""
-    rows = [("bound", "wanted", "measured: median (quartiles)", "verdict")]
-    rows += [(b.what, b.bound, b.measured, b.verdict) for b in table]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
+    return aligned(
+        ("bound", "wanted", "measured: median (quartiles)", "verdict"),
+        [(b.what, b.bound, b.measured, b.verdict) for b in table],
+    )
 
 
 def as_markdown(table: Iterable[Bound], measurements: Measurements, environment: Mapping[str, Any]) -> bytes:
@@ -33,7 +33,9 @@ def as_markdown(table: Iterable[Bound], measurements: Measurements, environment:
         f"float32, SGD with momentum and weight decay. Made by `{e['command']}` in {e['minutes']} minutes. Ratios are "
         "taken within each round of all contenders; median, and in brackets the quartiles.",
         "",
-        *_grid(("bound", "wanted", "measured", "verdict"), [(b.what, b.bound, b.measured, b.verdict) for b in table]),
+        *markdown(
+            ("bound", "wanted", "measured", "verdict"), [(b.what, b.bound, b.measured, b.verdict) for b in table]
+        ),
         "",
         "## The optimizer's own work, milliseconds a step",
         "",
@@ -46,19 +48,15 @@ def as_markdown(table: Iterable[Bound], measurements: Measurements, environment:
             what = f"{'ASAM' if s.asam else 'SAM'}, {'adaptive' if s.adaptive else 'static'}, k = {s.k}"
             times = [_milliseconds(m["seconds"].get(name)) for name in names]
             rows.append((TITLES.get(m["set"], m["set"]), what, *times))
-    lines += _grid(("tensors", "settings", *names), rows)
+    lines += markdown(("tensors", "settings", *names), rows)
     pairs = [m for m in measurements if m["group"] == "sam"]
     if pairs:
         lines += ["", "## As SAM, by halves, milliseconds a step", ""]
         names = ("port", "pair")
         rows = [(TITLES[m["set"]], *(_milliseconds(m["seconds"][name]) for name in names)) for m in pairs]
-        lines += _grid(("tensors", "single-file port", "native"), rows)
+        lines += markdown(("tensors", "single-file port", "native"), rows)
     return "\n".join([*lines, ""]).encode()
 
 
 def _milliseconds(seconds: list[float] | None) -> str:
     return f"{1e3 * Spread.of(seconds).median:.4g}" if seconds else ""
-
-
-def _grid(header: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> list[str]:
-    return ["| " + " | ".join(row) + " |" for row in (header, ("---",) * len(header), *rows)]

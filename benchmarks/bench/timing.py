@@ -10,8 +10,7 @@ from __future__ import annotations
 import gc
 import math
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
 from time import perf_counter
 from typing import Any
 
@@ -28,28 +27,6 @@ class Clock:
 
 Segments = list[float]
 """Seconds of one step: what comes before evaluation 0, what follows it, what follows evaluation 1, ..."""
-
-
-@dataclass(frozen=True)
-class Spread:
-    """Median and quartiles."""
-
-    median: float
-    low: float
-    high: float
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> Spread:
-        """Of at least one value."""
-        if len(values) == 1:
-            return cls(values[0], values[0], values[0])
-        low, median, high = statistics.quantiles(values, n=4, method="inclusive")
-        return cls(median, low, high)
-
-
-def ratios(above: Sequence[float], below: Sequence[float]) -> Spread:
-    """Of the ratios of each round."""
-    return Spread.of([a / b for a, b in zip(above, below, strict=True)])
 
 
 def timed(action: Callable[[], Any]) -> Callable[[], Segments]:
