@@ -16,7 +16,7 @@ CXX    ?= g++
 
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
-.PHONY: help setup train compare test test-all trainers fuzz bench gpu-check sanitize dist-check check format clean
+.PHONY: help setup train compare test test-all trainers fuzz bench bench-distributed gpu-check sanitize dist-check check format clean
 
 # An interpreter that was asked for by name must be the one in .venv; otherwise any that .venv has will do.
 VERSION := import sys; print("%d.%d" % sys.version_info[:2])
@@ -31,7 +31,7 @@ endif
 
 help:  ## list the verbs
 	@echo "make VERB [ARGS=\"...\"] [PYTHON=python3.12]"
-	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
 
 setup: $(READY)  ## make .venv and install everything into it (the second time there is nothing to do)
 	@echo "$(VENV) is ready"
@@ -59,6 +59,9 @@ fuzz: $(READY)  ## ten thousand random walks over the interface: 15 CPU minutes;
 
 bench: $(READY)  ## measure against the reference loops and print the bounds; ARGS="--help" lists its options
 	@$(PY) -m benchmarks.bench $(ARGS)
+
+bench-distributed: $(READY)  ## measure steps of 2 and 4 processes on a slow link beside a model of their cost; minutes
+	@$(PY) -m benchmarks.distributed $(ARGS)
 
 # With PYTHON=... that interpreter as it is, so that it works where nothing can be installed: the library is built in place.
 gpu-check: $(if $(WANTED),,$(READY))  ## run everything that needs a GPU; PYTHON=python3 takes the PyTorch that is there; ARGS: parts of names

@@ -1,4 +1,5 @@
-"""The jobs, a folder each: train, compare, bench. Beside the folders is what they share; none imports from another's.
+"""The jobs, a folder each: train, compare, bench, distributed. Beside the folders is what they share; none imports from
+another's.
 
 No part of the installed package.
 """
