@@ -14,9 +14,10 @@ Assumptions:
 From these a step of
 
 - SGD is one synchronised evaluation, one of SAM two, and one of Lookbehind with gradient reuse k + 1;
-- Lookbehind with local ascents is k + 1 evaluations that nothing is waited for in, and k all-reduces of the whole
-  gradient: each but the last is waited for only as far as it outlasts the next evaluation. The gradient of evaluation 0
-  is never sent, and the few numbers that ranks compare travel behind it.
+- Lookbehind with local ascents is k evaluations that nothing is waited for in, and one that is synchronised, the last.
+  The gradient of evaluation 0 is never sent, and the few numbers that ranks compare travel behind it. Of each other but
+  the last a mean is sent whole, and waited for only as far as it outlasts the next evaluation; the buckets of the last
+  one follow the mean before them.
 """
 
 from __future__ import annotations
@@ -66,5 +67,9 @@ class Job:
 
     def local(self, k: int, link: Link, ranks: int) -> float:
         """A step with local ascents."""
-        mean = link.seconds(self.payload, ranks)
-        return 2 * self.evaluation + (k - 1) * max(self.evaluation, mean) + mean
+        m, mean = self.buckets, link.seconds(self.payload, ranks)
+        bucket = link.seconds(self.payload / m, ranks)
+        before = self.evaluation if k == 1 else 2 * self.evaluation + (k - 2) * max(self.evaluation, mean)
+        first_is_full = self.forward + self.backward / m
+        first_is_sent = first_is_full if k == 1 else max(first_is_full, mean)
+        return before + max(first_is_sent + m * bucket, self.evaluation + bucket)
