@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from benchmarks.bench.host import BEFORE, MOST
 from benchmarks.bench.settings import Settings
 from benchmarks.bench.shapes import TITLES
 from benchmarks.bench.timing import exponent
@@ -69,6 +70,7 @@ def check(measurements: Measurements) -> list[Bound]:
     table += [_memory(measurements, settings, copies) for settings, copies in COPIES]
     table += [_linear(measurements, "elements", 1e7), _linear(measurements, "tensors", 100)]
     table.append(_overhead(measurements))
+    table += [_host(measurements, tensors, most) for tensors, most in MOST.items()]
     return table
 
 
@@ -241,6 +243,18 @@ def scaling(measurements: Measurements, axis: str, contender: str) -> list[tuple
         for m in measurements
         if m["group"] == "scaling" and kind(m["set"]) and contender in m["seconds"]
     )
+
+
+def _host(measurements: Measurements, tensors: int, most: float) -> Bound:
+    """The launches themselves are not in it (``host``)."""
+    what = f"the host's share of a step on a GPU, launches that do nothing, {tensors:,} tensors, k = 2"
+    least, largest = (f"{1e6 * seconds:.0f}" for seconds in BEFORE[tensors])
+    bound = f"at most {1e6 * most:.0f} µs; once {least} to {largest}"
+    for m in measurements:
+        if m["group"] == "host" and m["tensors"] == tensors:
+            spread = Spread.of([1e6 * s for s in m["seconds"]["native"]])
+            return Bound(what, bound, spread.show(" µs", 0), _verdict(spread.median <= 1e6 * most))
+    return Bound(what, bound)
 
 
 def _overhead(measurements: Measurements) -> Bound:

@@ -14,7 +14,6 @@ from unittest.mock import patch
 
 import torch
 
-from benchmarks.spread import Spread
 from lookbehind_fused import Lookbehind, open_step
 from lookbehind_fused.kernels import cuda
 
@@ -36,8 +35,8 @@ def launches_do_nothing() -> Iterator[None]:
         yield
 
 
-def host_time(tensors: int, steps: int = 60, **settings: Any) -> Spread:
-    """Seconds of a step, k = 2 unless the settings say so, over so many tensors of 256 elements."""
+def host_times(tensors: int, steps: int = 60, **settings: Any) -> list[float]:
+    """Seconds of each of so many steps, k = 2 unless the settings say so, over so many tensors of 256 elements."""
     params = [torch.nn.Parameter(torch.randn(256)) for _ in range(tensors)]
     given = [[torch.randn(256) for _ in params] for _ in range(4)]
     found, turn = [], 0
@@ -55,4 +54,4 @@ def host_time(tensors: int, steps: int = 60, **settings: Any) -> Spread:
                 for p, g in zip(params, given[turn % 4], strict=True):
                     p.grad = g
             found.append(seconds)
-    return Spread.of(found[10:])
+    return found[10:]

@@ -23,6 +23,7 @@ GROUPS = {
     "missing": "a step of 1,000 tensors with one gradient missing",
     "groups": "the same with fifty groups",
     "overhead": "a step of 110 tensors of one element",
+    "host": "the host's share of a step on a GPU, with launches that do nothing",
     "bandwidth": "a step's bytes over its time, against copy_ and add",
     "training": "whole training steps on real images",
     "traffic": "bytes that the passes read and write",

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib.util
+import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,8 +22,10 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.bench import predictions
 from benchmarks.bench.bounds import bytes_per_parameter
 from benchmarks.bench.contenders import Foreach, Naive
+from benchmarks.bench.host import host_times
 from benchmarks.bench.settings import Settings
 from lookbehind_fused import Lookbehind
 from lookbehind_fused.kernels import BACKENDS
@@ -237,6 +240,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"benchmarks.bench.traffic: needs {name} on PYTHONPATH", file=sys.stderr)
             return 2
     print(table(chosen.sm))
+    host = {tensors: statistics.median(host_times(tensors)) for _, tensors in predictions.MODELS.values()}
+    print(f"\n{predictions.table(host)}")
     return 0
 
 

@@ -212,6 +212,39 @@ def test_cost_is_fitted_by_a_power(power, verdict):
     assert bound.measured.startswith(f"{power:.2f}, 3 sizes")
 
 
+@pytest.mark.parametrize(("microseconds", "verdict"), [(299, "holds"), (301, "FAILS")])
+def test_the_hosts_share_is_a_time(microseconds, verdict):
+    m = {"group": "host", "tensors": 161, "seconds": {"native": [1e-6 * microseconds] * 3}}
+    found = line([m], "the host's share of a step on a GPU, launches that do nothing, 161 tensors")
+    assert (found.verdict, found.measured) == (verdict, f"{microseconds} µs ({microseconds} to {microseconds})")
+
+
+def test_the_hosts_share_is_measured_without_a_gpu():
+    """Kernels are not launched: weights stay; what the host does is timed; and no trace is left."""
+    from benchmarks.bench import host
+    from lookbehind_fused.kernels import cuda
+
+    before = cuda.why_not(), cuda._prepare
+    times = host.host_times(3, steps=4)
+    assert len(times) == 4
+    assert all(0 < seconds < 10 for seconds in times)
+    assert (cuda.why_not(), cuda._prepare) == before
+
+
+def test_predictions_are_the_formula():
+    from benchmarks.bench import predictions
+
+    found = predictions.predicted(1_000_000_000, 1e12, host=1e-3)
+    assert found.device == pytest.approx(68e9 / 0.9e12 + 12e-6)
+    assert found.eager == found.device
+    assert found.captured == pytest.approx(found.device + 10e-6)
+    small = predictions.predicted(1000, 1e12, host=1e-3)
+    assert small.eager == pytest.approx(1e-3 + 6 * 5e-6)
+    text = predictions.table({161: 500e-6})
+    assert text.count("captured") == 2 * len(predictions.BANDWIDTH)
+    assert "predicted, not measured" in text
+
+
 @pytest.mark.parametrize(("microseconds", "verdict"), [(140, bounds.HOLDS), (160, bounds.FAILS)])
 def test_overhead_is_a_time(microseconds, verdict):
     m = {"group": "overhead", "seconds": {"native": [1e-6 * microseconds] * 3}}

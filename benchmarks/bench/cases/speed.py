@@ -19,6 +19,7 @@ from benchmarks.bench.cases.common import (
     needs_memory,
 )
 from benchmarks.bench.contenders import PAIRS
+from benchmarks.bench.host import MOST, host_times
 from benchmarks.bench.own_work import check_equal_bits, native_work, own_work
 from benchmarks.bench.settings import Settings
 from benchmarks.bench.shapes import SETS, elements
@@ -41,6 +42,13 @@ def bench_variations(benchmark, plan, set_name, settings):
     compiles = set_name == "small" and settings in (VARIATIONS[1], VARIATIONS[3], VARIATIONS[4])
     names = WITHOUT_PUBLIC if compiles else EAGER
     measure_own_work(benchmark, plan.shorter(), set_name, names, settings)
+
+
+@pytest.mark.parametrize("tensors", [*MOST])
+def bench_host(benchmark, plan, tensors):
+    """Python and its dispatch on a GPU backend."""
+    seconds = benchmark.pedantic(host_times, args=(tensors, 20 if plan.quick else 60), rounds=1, iterations=1)
+    benchmark.extra_info.update(tensors=tensors, seconds={"native": seconds})
 
 
 SIZES = {
