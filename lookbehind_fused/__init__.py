@@ -6,6 +6,7 @@ from .lookahead import Lookahead
 from .optimizer import Lookbehind
 from .parts.buffers import buffers_at_slow, running_stats_at_slow
 from .program import Evaluation
+from .report import show_backends, version
 from .schedules import LambdaSchedule
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "MultistepSAM",
     "buffers_at_slow",
     "running_stats_at_slow",
+    "show_backends",
     "weight_scaling",
 ]
-__version__ = "0.1.0.dev0"
+__version__ = version()

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
 import inspect
 import math
 import numbers
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
-from .tensors import describe, layout
+from .tensors import describe, layout, shown
 
 GROUP_DEFAULTS = {"rho": 0.05, "adaptive": False, "eta": 0.01}
 """What a parameter group has beside the base optimizer's own settings."""
@@ -39,6 +40,8 @@ class Keys(NamedTuple):
 
 
 ASCENT = Keys("ascent_rho", "ascent_adaptive", "ascent_eta")
+OLD_NAMES = ("grad_scale", "running_stats_at_slow")
+"""Of arguments that are still taken."""
 
 
 class Settings(NamedTuple):
@@ -162,7 +165,7 @@ def check_fraction(name: str, value: Any) -> None:
 def check_bool(name: str, value: Any) -> None:
     """Refuse anything but True and False."""
     if not isinstance(value, bool):
-        raise TypeError(f"{name}: expected True or False, got {value!r}")
+        raise TypeError(f"{name}: expected True or False, got {shown(value)}")
 
 
 def check_choice(name: str, value: Any, *choices: str) -> None:
@@ -200,7 +203,7 @@ def is_number(value: Any) -> bool:
 def wrong(name: str, expected: str, value: Any, types: tuple[type, ...]) -> Exception:
     """The error for an unacceptable value: ValueError where its type could have been right, else TypeError."""
     error = ValueError if isinstance(value, types) and not isinstance(value, bool) else TypeError
-    return error(f"{name}: expected {expected}, got {value!r}")
+    return error(f"{name}: expected {expected}, got {shown(value)}")
 
 
 # ---- parameter groups ------------------------------------------------------------------------------------------------
@@ -224,7 +227,7 @@ def weight_scaling(module: torch.nn.Module, **settings: Any) -> dict[str, Any]:
         TypeError: it is not a module, or the settings hold ``params`` or ``adaptive``.
     """
     if not isinstance(module, torch.nn.Module):
-        raise TypeError(f"module: expected a torch.nn.Module, got {module!r}")
+        raise TypeError(f"module: expected a torch.nn.Module, got {shown(module)}")
     for name in ("params", "adaptive"):
         if name in settings:
             raise TypeError(
@@ -250,7 +253,7 @@ def check_closure(closure: Any) -> None:
         TypeError: naming the argument.
     """
     if closure is not None and not callable(closure):
-        raise TypeError(f"closure: expected a function that runs forward and backward, or None, got {closure!r}")
+        raise TypeError(f"closure: expected a function that runs forward and backward, or None, got {shown(closure)}")
 
 
 def check_takes_evaluation(closure: Callable[..., Any], microbatches: int) -> None:
@@ -264,7 +267,7 @@ def check_takes_evaluation(closure: Callable[..., Any], microbatches: int) -> No
     except TypeError:
         raise TypeError(
             f"closure: expected a function of the Evaluation, since microbatches is {microbatches!r}: "
-            f"evaluation.part(batch) is what it is to see; got {closure!r}, which does not take it"
+            f"evaluation.part(batch) is what it is to see; got {shown(closure)}, which does not take it"
         ) from None
     except ValueError:  # a builtin, of which nothing is known
         return
@@ -283,24 +286,31 @@ def check_stats(model: nn.Module | None, ascent_gradient: str) -> None:
         )
 
 
-def build_base(params: ParamsT | None, base_optimizer: Any, base_kwargs: dict[str, Any]) -> Optimizer:
-    """The base optimizer: an instance as it is, or one of the class.
+def build_base(
+    method: type[Optimizer], params: ParamsT | None, base_optimizer: Any, base_kwargs: dict[str, Any]
+) -> Optimizer:
+    """The base optimizer of a method: an instance as it is, or one of the class.
 
     Raises:
         TypeError, ValueError: naming the argument that is not acceptable.
     """
     if isinstance(base_optimizer, Optimizer):
+        refuse_unknown(base_kwargs, method, base_optimizer)
         base = _given_base(params, base_optimizer, base_kwargs)
     elif isinstance(base_optimizer, type) and issubclass(base_optimizer, Optimizer) and base_optimizer is not Optimizer:
-        if not isinstance(params, Iterable):
-            raise TypeError(f"params: expected parameters, such as model.parameters(), got {params!r}")
-        base = base_optimizer(params, **base_kwargs)
+        refuse_unknown(base_kwargs, method, base_optimizer)
+        base = base_optimizer(_some(params), **base_kwargs)
     else:
-        raise TypeError(f"base_optimizer: expected a torch optimizer class or instance, got {base_optimizer!r}")
+        raise TypeError(
+            f"base_optimizer: expected a torch optimizer class or instance, such as {_likely(base_optimizer)}, got "
+            f"{shown(base_optimizer)}"
+        )
     name = type(base).__name__
     closure = inspect.signature(type(base).step).parameters.get("closure")
     if hasattr(base, "base_optimizer") or (closure is not None and closure.default is inspect.Parameter.empty):
-        raise ValueError(f"base_optimizer: expected one whose step() needs no closure, got {name}")
+        raise ValueError(
+            f"base_optimizer: expected one whose step() needs no closure, such as torch.optim.SGD, got {name}"
+        )
     if any(group.get("differentiable") for group in base.param_groups):
         raise ValueError(f"base_optimizer: expected differentiable=False, got {name} with differentiable=True")
     return base
@@ -332,9 +342,10 @@ def own_by_key(keys: Keys, given: dict[str, Any], by_key: dict[str, Any], base: 
 
 def _given_base(params: ParamsT | None, base: Optimizer, base_kwargs: dict[str, Any]) -> Optimizer:
     if base_kwargs:
+        (name, value), kind = next(iter(base_kwargs.items())), type(base).__name__
         raise TypeError(
-            f"{', '.join(base_kwargs)}: expected only with a class as base_optimizer, got an instance of "
-            f"{type(base).__name__}"
+            f"{name}: expected only with a class as base_optimizer, got {shown(value)} with an instance of {kind}; "
+            f"give it to {kind} itself"
         )
     if params is not None:
         given = [p for group in Optimizer(params, {}).param_groups for p in group["params"]]
@@ -345,3 +356,68 @@ def _given_base(params: ParamsT | None, base: Optimizer, base_kwargs: dict[str, 
                 "others"
             )
     return base
+
+
+def _some(params: Any) -> Any:
+    """Parameters to build an optimizer of."""
+    expected = "params: expected parameters, such as model.parameters(), got"
+    if isinstance(params, Tensor):
+        raise TypeError(f"{expected} {shown(params)}; put it into a list")
+    if not isinstance(params, Iterable) or isinstance(params, nn.Module):  # Sequential can be gone through
+        raise TypeError(f"{expected} {shown(params)}" + ("; call it" if inspect.ismethod(params) else ""))
+    if isinstance(params, Iterator):
+        params = list(params)
+        if not params:
+            raise ValueError(
+                "params: expected at least one parameter, got an iterator without any; model.parameters() can be gone "
+                "through once, so call it for each optimizer"
+            )
+    return params
+
+
+def _likely(base_optimizer: Any) -> str:
+    """The class that was meant by its name, or any."""
+    found: list[str] = []
+    if isinstance(base_optimizer, str):
+        classes = {name.lower(): name for name, x in vars(torch.optim).items() if isinstance(x, type)}
+        found = [classes[name] for name in difflib.get_close_matches(base_optimizer.lower(), classes, 1)]
+    return f"torch.optim.{found[0] if found else 'SGD'}"
+
+
+def refuse_unknown(given: Mapping[str, Any], *takers: Any) -> None:
+    """Refuse arguments that none of some classes takes, given by themselves or by an instance; None is left out.
+
+    Raises:
+        TypeError: naming the first of them, and what may have been meant.
+    """
+    kinds = [taker if isinstance(taker, type) else type(taker) for taker in takers if taker is not None]
+    of_each = [arguments_of(kind) for kind in kinds]
+    if None in of_each:  # it takes anything
+        return
+    names = sorted({name for of_one in of_each for name in of_one or ()})
+    for name, value in given.items():
+        if name not in names:
+            meant = difflib.get_close_matches(name, names, 1)
+            raise TypeError(
+                f"{name}: neither {' nor '.join(kind.__name__ for kind in kinds)} takes such an argument, got "
+                f"{shown(value)}" + (f"; did you mean {meant[0]!r}?" if meant else "")
+            )
+
+
+def arguments_of(taker: type) -> set[str] | None:
+    """The names of what the constructor of a class takes by keyword; None for a class of somebody else's that takes
+    whatever it is given. Classes of ours hand on what they do not take to the class above, or to what they have
+    ``INSIDE``; not what they have ``FIXED``.
+    """
+    ours = any(one.__module__.startswith(f"{__package__}.") for one in taker.__mro__)
+    names = {*ASCENT, *OLD_NAMES} if ours else set[str]()
+    for one in (*taker.__mro__, *getattr(taker, "INSIDE", object).__mro__):
+        if one in (object, Optimizer) or "__init__" not in vars(one):
+            continue
+        parameters = inspect.signature(vars(one)["__init__"]).parameters.values()
+        names.update(p.name for p in parameters if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD))
+        if not any(p.kind == p.VAR_KEYWORD for p in parameters):
+            break
+        if not ours:
+            return None
+    return names - {"self", *getattr(taker, "FIXED", ())}

@@ -367,9 +367,10 @@ class Bucket:
                     f"got {describe(*layout(p)[:3])}; build a new optimizer for the changed model"
                 )
             if grad is not None and (grad.layout != torch.strided or grad.dtype != p.dtype or grad.shape != p.shape):
+                sparse = "; build the layer with sparse=False" if grad.layout == torch.sparse_coo else ""
                 raise RuntimeError(
                     f"the gradient of {self.names[row]}: expected a dense tensor of {p.dtype}, got {grad.layout} of "
-                    f"{grad.dtype}"
+                    f"{grad.dtype}{sparse}"
                 )
 
     # ---- memory ----

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from .arguments import Keys, Settings, check_group, check_settings
 from .rules import NO_RULE, rule_of
 from .shards import is_sharded, placed_like
-from .tensors import ROUNDED, params_and_names, tensors_of
+from .tensors import ROUNDED, params_and_names, shown, tensors_of
 from .wrappers import Wrappable
 
 OWN = "lookbehind"
@@ -82,7 +82,10 @@ class Saved(Wrappable):
         """
         self.require_closed("load_state_dict()")
         if not isinstance(state_dict, dict):
-            raise ValueError(f"state_dict: expected a dict as state_dict() returns, got {state_dict!r}")
+            raise ValueError(
+                f"state_dict: expected a dict as state_dict() returns, got {shown(state_dict)}; torch.load gives what "
+                "a file has"
+            )
         state_dict = dict(state_dict)
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = hook(self, state_dict) or state_dict
@@ -103,7 +106,7 @@ class Saved(Wrappable):
         for key, kind in (("state", dict), ("param_groups", list), (OWN, dict)):
             value = state_dict.get(key, {} if key == OWN else None)
             if not isinstance(value, kind):
-                raise ValueError(f"state_dict: expected a {kind.__name__} under {key!r}, got {value!r}")
+                raise ValueError(f"state_dict: expected a {kind.__name__} under {key!r}, got {shown(value)}")
         params, names = params_and_names(self.param_groups)
         saved, groups = state_dict.get(OWN, {}), state_dict["param_groups"]
         base = type(self.base_optimizer).__name__

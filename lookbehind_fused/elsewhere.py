@@ -18,6 +18,7 @@ from torch.autograd.graph import increment_version
 from torch.utils.hooks import RemovableHandle
 
 from .shards import is_sharded
+from .tensors import shown
 
 
 class Elsewhere:
@@ -73,7 +74,7 @@ class Elsewhere:
             TypeError: it is not a function.
         """
         if not callable(hook):
-            raise TypeError(f"hook: expected a function without arguments, got {hook!r}")
+            raise TypeError(f"hook: expected a function without arguments, got {shown(hook)}")
         handle = RemovableHandle(self.hooks)
         self.hooks[handle.id] = hook
         return handle
@@ -103,4 +104,4 @@ def check_model(model: Any) -> None:
         TypeError: naming the argument, what was expected and what came.
     """
     if model is not None and not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected a torch.nn.Module or None, got {model!r}")
+        raise TypeError(f"model: expected a torch.nn.Module or None, got {shown(model)}")

@@ -10,6 +10,7 @@ from torch.optim.optimizer import ParamsT
 from .arguments import check_bool
 from .optimizer import Lookbehind
 from .program import Program, multistep
+from .tensors import shown
 
 
 class SAM(Lookbehind):
@@ -124,6 +125,6 @@ def refuse(method: object, settings: dict[str, Any], *names: str) -> None:
     for name in names:
         if name in settings:
             raise TypeError(
-                f"{name}: expected no such argument for {type(method).__name__}, got {settings[name]!r}; Lookbehind "
-                "has it"
+                f"{name}: expected no such argument for {type(method).__name__}, got {shown(settings[name])}; "
+                "Lookbehind has it"
             )

@@ -21,6 +21,7 @@ from .open_step import OpenStep
 from .parts.scaling import Scaling, check_scaler, is_stepping, scale_of
 from .program import Evaluation
 from .shards import any_of
+from .tensors import shown
 
 
 class Forms(Loop):
@@ -62,8 +63,8 @@ class Forms(Loop):
         if not callable(closure):
             raise TypeError(
                 "closure: expected a function that runs forward and backward and returns the loss, since a step takes "
-                f"several gradients; got {closure!r} (loops that call backward themselves: evaluations(), or once for "
-                "all optimizer.closure = a function that does it again)"
+                f"several gradients; got {shown(closure)} (loops that call backward themselves: evaluations(), or once "
+                "for all optimizer.closure = a function that does it again)"
             )
         if self.microbatches != 1 and not given:
             check_takes_evaluation(closure, self.microbatches)
@@ -85,7 +86,8 @@ class Forms(Loop):
                         value = closure(evaluation) if evaluation.microbatches > 1 else closure()
                     if evaluation.microbatches > 1 and not isinstance(value, (Tensor, numbers.Real, NoneType)):
                         raise TypeError(
-                            f"closure: expected a loss that a mean over microbatches can be taken of, got {value!r}"
+                            f"closure: expected a loss that a mean over microbatches can be taken of, got "
+                            f"{shown(value)}"
                         )
                     if not (losses and evaluation.perturbed):
                         losses.append(value)
@@ -165,7 +167,7 @@ class Forms(Loop):
             RuntimeError: a step is open, or the closure does what cannot be captured.
         """
         if not callable(closure):
-            raise TypeError(f"closure: expected a function that runs forward and backward, got {closure!r}")
+            raise TypeError(f"closure: expected a function that runs forward and backward, got {shown(closure)}")
         check_int("num_warmup_iters", num_warmup_iters, 1)
         if self.microbatches != 1:
             check_takes_evaluation(closure, self.microbatches)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from .open_step import NOW
 from .shards import any_of, any_sharded, shard
 from .tensors import tensors_of
 
@@ -134,9 +135,22 @@ class Lent:
 
 
 def note_when_stepped(base: Optimizer) -> None:
-    """What a base optimizer leaves that somebody steps by itself are leftovers too."""
+    """What a base optimizer leaves that somebody steps by itself are leftovers too. While a step of ours is open nobody
+    is to: it would move perturbed weights, which are not kept.
+    """
+    if not any(hook is _before_step for hook in base._optimizer_step_pre_hooks.values()):
+        base.register_step_pre_hook(_before_step)
     if not any(hook is _after_step for hook in base._optimizer_step_post_hooks.values()):
         base.register_step_post_hook(_after_step)
+
+
+def _before_step(base: Optimizer, *_: Any) -> None:
+    now = NOW.get(id(base.param_groups[0]["params"][0]))
+    if now is not None and now.open is not None and not now.open.runs_base:
+        raise RuntimeError(
+            f"{type(base).__name__}.step(): expected no open step, since Lookbehind moves the weights with each "
+            "gradient itself; leave the call out"
+        )
 
 
 def _after_step(base: Optimizer, *_: Any) -> None:

@@ -13,11 +13,12 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from . import kernels
-from .arguments import check_fraction, check_int
+from .arguments import check_fraction, check_int, refuse_unknown
 from .buckets import flat_layout, flat_view
 from .elsewhere import Elsewhere
 from .open_step import Part
 from .optimizer import Lookbehind
+from .report import size_of
 from .shards import placed_like, shards, whole
 from .tensors import (
     ROUNDED,
@@ -25,6 +26,7 @@ from .tensors import (
     compute_dtype,
     layout,
     params_and_names,
+    shown,
     tensors_of,
     trained,
 )
@@ -78,15 +80,15 @@ class Lookahead(Wrappable):
         check_int("k", k, 1)
         check_fraction("alpha", alpha)
         kernels.resolve(backend)
+        refuse_unknown(kwargs, Lookahead, optimizer, kwargs.get("base_optimizer"))
         if isinstance(optimizer, type) and issubclass(optimizer, Optimizer):
             own = {"backend": backend} if issubclass(optimizer, Lookbehind) else {}
             optimizer = optimizer(params, **own, **kwargs)
         elif params is not None or kwargs:
-            raise TypeError(
-                f"{', '.join(kwargs) or 'params'}: expected only with a class as optimizer, got {optimizer!r}"
-            )
+            name = next(iter(kwargs), "params")
+            raise TypeError(f"{name}: expected only with a class as optimizer, got {shown(optimizer)}")
         if not isinstance(optimizer, Optimizer) or isinstance(optimizer, Lookahead):
-            raise TypeError(f"optimizer: expected a torch optimizer other than Lookahead, got {optimizer!r}")
+            raise TypeError(f"optimizer: expected a torch optimizer other than Lookahead, got {shown(optimizer)}")
         check_parameters(*params_and_names(optimizer.param_groups))
         self.__setstate__(
             {"optimizer": optimizer, "k": k, "alpha": alpha, "backend": backend, "inner_step": 0, "slow": None}
@@ -137,6 +139,12 @@ class Lookahead(Wrappable):
 
     def __repr__(self) -> str:
         return f"Lookahead(k={self.k}, alpha={self.alpha}, {self.optimizer!r})"
+
+    def memory(self) -> dict[str, int]:
+        """Bytes of the slow weights, beside those of ``Lookbehind.memory()`` where that is inside."""
+        inside = self.optimizer.memory() if isinstance(self.optimizer, Lookbehind) else {}
+        own = sum(size_of(copies.slow) for copies in self._copies)
+        return {**inside, "slow weights": own} if own else inside
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Refused: the slow weights are those of the parameters that there were.

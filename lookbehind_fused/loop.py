@@ -16,7 +16,7 @@ from .arguments import Settings, check_loss_scale, check_stats
 from .checkpoint import Saved
 from .elsewhere import Elsewhere
 from .leftovers import Leftovers, Lent, note_when_stepped
-from .open_step import DONE, OPEN, OpenStep, Part
+from .open_step import DONE, NOW, OPEN, REMEDY, Now, OpenStep, Part
 from .parts.buffers import BuffersAtSlow
 from .parts.local_ascents import LocalAscents
 from .parts.own_step import OwnStep
@@ -28,17 +28,6 @@ from .randomness import Replay
 from .rules import NO_RULE
 
 TRIES = 10  # at settling a step, each of which an interrupt may end
-
-
-class Now:
-    """Where an optimizer is. An object of its own, which is the same one also for a trainer's wrapper of the optimizer.
-
-    Attributes:
-        open: the outer step that is open. last: the last one, if it is complete or was undone for its gradients.
-    """
-
-    open: OpenStep | None = None
-    last: OpenStep | None = None
 
 
 class Loop(Saved):
@@ -164,7 +153,15 @@ class Loop(Saved):
 
     @torch.no_grad()
     def _begin(self, step: OpenStep, uses: bool) -> None:
-        self._now.open = step
+        now, first = self._now, id(self._prepared.tensors[0])
+        other = NOW.get(first, now)
+        if other is not now and other.open is not None:
+            raise RuntimeError(
+                f"{self._prepared.names[0]}: expected no open step of another optimizer over it; complete that one, or "
+                "restore the weights with its abort_step()"
+            )
+        NOW[first] = now
+        now.open = step
         step.begin()
         if not uses:
             for bucket in step.buckets:
@@ -244,7 +241,8 @@ class Loop(Saved):
     def _skip(self, step: OpenStep) -> None:
         """The first evaluation has left no gradients, as where a trainer skips a minibatch: there is no step."""
         warnings.warn(
-            "evaluation 0 has left no gradients on the optimizer's parameters: the step was skipped", stacklevel=4
+            f"evaluation 0 has left no gradients on the optimizer's parameters: the step was skipped; {REMEDY}",
+            stacklevel=4,
         )
         for part in step.parts:
             part.happens = True  # nothing was found that is not finite

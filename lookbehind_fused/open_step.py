@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -25,6 +26,7 @@ from .program import Evaluation, Program
 from .shards import whole
 
 IDLE, OPEN, CLOSING, DONE = range(4)
+REMEDY = "call loss.backward() at each evaluation, with a loss of the model whose parameters these are"
 TRIES = 3  # at the last calls, which fail by themselves, or because a signal's handler raises in between
 
 PartType = TypeVar("PartType", bound="Part")
@@ -153,7 +155,7 @@ class OpenStep:
         if not reached:
             raise RuntimeError(
                 f"evaluation {evaluation.index}: expected a backward that gives parameters their gradients, but none "
-                "has one"
+                f"has one; {REMEDY}"
             )
         if evaluation.closes and len(gathered) > 1:  # a bucket is not to be refused after another has written
             self._check(gathered)
@@ -318,3 +320,23 @@ class OpenStep:
         """Of each tensor that has been moved its slow weights: views of the buckets' memory."""
         kept = [bucket for bucket in self.buckets if bucket.done[KEPT]]
         return {b.params[row]: whole(b.view("slow", row), b.params[row]) for b in kept for row in b.joined}
+
+    @property
+    def runs_base(self) -> bool:
+        """Whether the base's own ``step()`` is running, on the memory that it is lent."""
+        return self.own_step is not None and bool(self.own_step.lent)
+
+
+class Now:
+    """Where an optimizer is. An object of its own, which is the same one also for a trainer's wrapper of the optimizer.
+
+    Attributes:
+        open: the outer step that is open. last: the last one, if it is complete or was undone for its gradients.
+    """
+
+    open: OpenStep | None = None
+    last: OpenStep | None = None
+
+
+NOW: WeakValueDictionary[int, Now] = WeakValueDictionary()
+"""Of each optimizer, by the identity of its first parameter: of two over one model, the one that began a step last."""

@@ -29,6 +29,7 @@ from .parts.buffers import check_model
 from .parts.local_ascents import LocalAscents
 from .parts.scaling import check_scaler
 from .program import Program, lookbehind
+from .report import described, memory_of
 from .tensors import check_added, check_parameters, params_and_names
 
 
@@ -202,7 +203,7 @@ class Lookbehind(Forms):
         if ascents == "local":
             LocalAscents(model)
         kernels.resolve(backend)
-        base = build_base(params, base_optimizer, base_kwargs)
+        base = build_base(type(self), params, base_optimizer, base_kwargs)
         keys = Keys.of(base)
         own = own_by_key(keys, own, by_key, type(base).__name__)
         defaults = {**keys.named(self.GROUP), **own}
@@ -260,11 +261,19 @@ class Lookbehind(Forms):
         self.base_optimizer.state = value
 
     def __repr__(self) -> str:
-        settings = ", ".join(
-            f"{name}={getattr(self, name)!r}" for name in ("k", "alpha", "alpha_scope", "reuse_gradient")
-        )
-        base = type(self.base_optimizer).__name__
-        return super().__repr__().replace("(", f"({base}, {settings}", 1)
+        return described(self)
+
+    def memory(self) -> dict[str, int]:
+        """Bytes that the optimizer holds now, of this rank, by what they are for; empty before the first step.
+
+        ``slow``, ``fast``, ``first``, ``perturbed``: flat buffers of the size of the parameters, as far as steps need
+        them; ``state``: the base optimizer's own, which it would have by itself too; ``working state``: what inner
+        steps advance in its place; ``means``: of gradients (microbatches, ``average``, local ascents); ``previous
+        gradients`` (``ascent_gradient="previous"``); ``tables``: addresses, numbers and sums. Without parameters and
+        gradients, and without what parts of a step copy while it is open: buffers of the model (``buffers_at_slow``),
+        the state of a base that runs its own ``step()``.
+        """
+        return memory_of(self)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group to the base optimizer; its own ``rho``, ``adaptive`` and ``eta`` are optional.

@@ -60,7 +60,7 @@ class Prepared:
             TypeError, ValueError: a group's settings, a parameter, the base's state or the backend is not acceptable.
         """
         hooks = self.base._optimizer_step_pre_hooks, self.base._optimizer_step_post_hooks
-        if self.rule is not NO_RULE and (hooks[0] or len(hooks[1]) > 1):  # one is ours: leftovers.note_when_stepped
+        if self.rule is not NO_RULE and max(map(len, hooks)) > 1:  # one is ours: leftovers.note_when_stepped
             raise RuntimeError(
                 f"base_optimizer: its step() is never called, since {type(self.base).__name__} is fused, so its step "
                 "hooks would not run; expected none, register them on Lookbehind"
@@ -167,7 +167,10 @@ class Prepared:
                     row = of_kind[-1][0].group + (of_kind[-1][1] != number) if of_kind else 0
                     of_kind.append((Member(i, names[i], p, row), number))
         if not members:
-            raise RuntimeError("no parameter requires a gradient: expected at least one")
+            raise RuntimeError(
+                f"params: expected at least one that requires a gradient, got {len(names)} of which none does; "
+                "requires_grad_() on those that are to be trained"
+            )
         return members
 
     def _build(self, members: dict[tuple, list[tuple[Member, int]]], backend: str) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .arguments import GROUP_DEFAULTS, check_choice, check_group, check_int, check_number, wrong
 from .kernels.reference import NORM_EPSILON, alignment, ordered_sum
-from .tensors import DTYPES, describe, layout, parameters_of
+from .tensors import DTYPES, describe, layout, parameters_of, shown
 
 
 class EffectivePerturbation(NamedTuple):
@@ -112,7 +112,7 @@ def _members(params: list[Tensor], cast: Iterable[Tensor] | None) -> set[Tensor]
     if cast is None:
         return set(params)
     if not isinstance(cast, Iterable):
-        raise TypeError(f"cast: expected None or parameters of the model, got {cast!r}")
+        raise TypeError(f"cast: expected None or parameters of the model, got {shown(cast)}")
     members = list(cast)
     for i, x in enumerate(members):
         if not any(x is p for p in params):

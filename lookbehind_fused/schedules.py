@@ -11,6 +11,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from .arguments import Keys, check_fraction, check_group
 from .lookahead import Lookahead
 from .optimizer import Lookbehind
+from .tensors import shown
 from .wrappers import unwrapped
 
 
@@ -46,10 +47,13 @@ class LambdaSchedule(LRScheduler):
         optimizer = unwrapped(optimizer)
         method = unwrapped(optimizer.optimizer) if isinstance(optimizer, Lookahead) else optimizer
         if not isinstance(method, Lookbehind):
-            raise TypeError(f"optimizer: expected Lookbehind or a method of the family, got {optimizer!r}")
+            raise TypeError(
+                f"optimizer: expected Lookbehind or a method of the family, got {shown(optimizer)}; give it "
+                "the one that is built around that"
+            )
         for name, function in (("rho", rho), ("alpha", alpha)):
             if function is not None and not callable(function):
-                raise TypeError(f"{name}: expected a function of the number of steps, or None, got {function!r}")
+                raise TypeError(f"{name}: expected a function of the number of steps, or None, got {shown(function)}")
         self.optimizer, self.method, self.rho, self.alpha = optimizer, method, rho, alpha
         self.keys = Keys.of(method.base_optimizer)
         self.initial_rho = [group[self.keys.rho] for group in method.param_groups]

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from inspect import ismethod
 from itertools import chain, pairwise
 from operator import gt, itemgetter, mul
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from . import shards
 from .shards import shard
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+LONGEST = 200  # characters of a value in a message
 ROUNDED = (torch.bfloat16, torch.float16)
 """Dtypes of parameters that are the rounded image of what is computed in float32."""
 
@@ -62,7 +65,7 @@ def parameters_of(model: torch.nn.Module) -> list[Tensor]:
             DTensor.
     """
     if not isinstance(model, torch.nn.Module):
-        raise TypeError(f"model: expected a torch.nn.Module, got {model!r}")
+        raise TypeError(f"model: expected a torch.nn.Module, got {shown(model)}")
     named = list(model.named_parameters())
     if not named:
         raise ValueError("model: expected a module with parameters, got one with none")
@@ -120,7 +123,7 @@ def _unsuitable(p: Tensor) -> str | None:
     if p.layout != torch.strided:
         return f"a dense tensor, not one of layout {p.layout}"
     if p.is_complex():
-        return "a real tensor"
+        return "a real tensor (torch.view_as_real makes one)"
     if p.is_floating_point() and p.dtype not in DTYPES:
         return "dtype " + ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
     if memory_order(p) is None:
@@ -140,6 +143,7 @@ def _check_overlap(params: Sequence[Tensor], names: Sequence[str]) -> None:
             same = "is the same tensor as" if params[i] is params[j] else "overlaps in memory with"
             raise ValueError(
                 f"{names[second]} {same} {names[first]}: expected every parameter to have memory of its own"
+                + ("; give each once" if params[i] is params[j] else "")
             )
 
 
@@ -161,6 +165,18 @@ def layout(p: Tensor) -> tuple:
 
 def _strides(p: Tensor) -> tuple[int, ...] | str:
     return p.stride() if p.layout == torch.strided else "none"
+
+
+def shown(value: Any) -> str:
+    """What came, in a message: on a line, however large it is."""
+    if isinstance(value, Tensor):
+        return f"a tensor of {describe(*layout(value)[:3])}"
+    if isinstance(value, (torch.nn.Module, Optimizer)):
+        return f"an instance of {type(value).__name__}"
+    if ismethod(value):  # whose repr has that of its object
+        return f"the method {value.__name__}"
+    text = repr(value)
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
 
 
 def describe(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> str:

@@ -106,7 +106,9 @@ def test_a_schedule_that_goes_wrong_changes_nothing(
 
 def test_what_it_does_not_take() -> None:
     problem = Problem()
-    with pytest.raises(TypeError, match="^optimizer: expected Lookbehind or a method of the family, got SGD"):
+    with pytest.raises(
+        TypeError, match="^optimizer: expected Lookbehind or a method of the family, got an instance of SGD"
+    ):
         LambdaSchedule(torch.optim.SGD(problem.params, lr=0.1))
     optimizer = SAM(problem.params, torch.optim.SGD, lr=0.1)
     with pytest.raises(TypeError, match="^rho: expected a function of the number of steps, or None, got 0.5"):

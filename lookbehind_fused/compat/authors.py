@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..arguments import Keys, check_group, check_int, is_number, weights_of, wrong
+from ..arguments import Keys, check_group, check_int, is_number, refuse_unknown, weights_of, wrong
 from ..family import refuse
 from ..optimizer import Lookbehind
-from ..tensors import name_of, tensors_of
+from ..tensors import name_of, shown, tensors_of
 
 
 class AuthorsForm:
@@ -52,6 +52,8 @@ class AuthorsForm:
             the message names it, and the optimizer is as it was.
     """
 
+    FIXED: ClassVar = ("microbatches", "ascent_gradient", "reuse_gradient", "alpha_scope", "adaptive")
+    INSIDE: ClassVar = Lookbehind
     scales_weights: ClassVar[bool]
     """Whether ascents are scaled by |w| + eta, in tensors whose name in the model contains "weight"."""
 
@@ -69,10 +71,11 @@ class AuthorsForm:
 
     def _build(self, optimizer: Optimizer, model: nn.Module, rho: float, eta: float, **settings: Any) -> None:
         if not isinstance(optimizer, Optimizer):
-            raise TypeError(f"optimizer: expected an instance of a torch optimizer, got {optimizer!r}")
-        refuse(self, settings, "microbatches", "ascent_gradient", "reuse_gradient", "alpha_scope", "adaptive")
+            raise TypeError(f"optimizer: expected an instance of a torch optimizer, got {shown(optimizer)}")
+        refuse(self, settings, *self.FIXED)
+        refuse_unknown(settings, self, optimizer)
         if not isinstance(model, nn.Module):
-            raise TypeError(f"model: expected a torch.nn.Module, got {model!r}")
+            raise TypeError(f"model: expected a torch.nn.Module, got {shown(model)}")
         self.optimizer, self.model = optimizer, model
         self.scheduler: Any = None
         self._weights = weights_of(model)

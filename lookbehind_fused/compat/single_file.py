@@ -15,7 +15,7 @@ from torch.optim.optimizer import ParamsT
 from ..arguments import check_bool, is_number, wrong
 from ..family import SAM, refuse
 from ..program import Evaluation
-from ..tensors import tensors_of
+from ..tensors import shown, tensors_of
 
 
 class SingleFileSAM(SAM):
@@ -97,7 +97,7 @@ class SingleFileSAM(SAM):
         if not callable(closure):
             raise TypeError(
                 "closure: expected a function that runs forward and backward, since the gradient at the perturbed "
-                f"weights is missing; got {closure!r} (without one: first_step() and second_step())"
+                f"weights is missing; got {shown(closure)} (without one: first_step() and second_step())"
             )
         self.require_closed("a new step")
         try:

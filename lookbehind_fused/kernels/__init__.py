@@ -33,28 +33,37 @@ def resolve(backend: str, device: torch.device | None = None) -> ModuleType:
         names = ", ".join(map(repr, ("auto", *BACKENDS)))
         raise ValueError(f"backend: expected one of {names}, got {backend!r}")
     if backend == "auto":
-        return _fastest(device or torch.device("cpu"))
+        device = device or torch.device("cpu")
+        chosen = fastest(device)
+        if chosen is reference:
+            _warn_once(f"backend 'auto' uses the slower 'reference': {_why_slower(device)}")
+        return chosen
     module = BACKENDS[backend]
     if module.why_not():
         raise RuntimeError(f"backend: {backend!r} is not available: {module.why_not()}; {module.REMEDY}")
     if device is not None and not module.serves(device):
         raise ValueError(
             f"backend: expected one with kernels for tensors on {device}, got {backend!r}, which is for "
-            f"{module.DEVICES}"
+            f"{module.DEVICES}; 'auto' takes the fastest that there is for each device"
         )
     return module
 
 
-def _fastest(device: torch.device) -> ModuleType:
+def fastest(device: torch.device) -> ModuleType:
+    """What ``"auto"`` takes for tensors on a device."""
+    return next(BACKENDS[name] for name in _for(device) if not BACKENDS[name].why_not())
+
+
+def _for(device: torch.device) -> tuple[str, ...]:
+    return AUTO.get(device.type, ("reference",))
+
+
+def _why_slower(device: torch.device) -> str:
+    """Why the reference is all that there is for tensors on a device."""
     if device.type not in AUTO:
-        _warn_once(f"backend 'auto' uses the slower 'reference': there are no kernels for {device.type} devices")
-        return reference
-    modules = [BACKENDS[name] for name in AUTO[device.type]]
-    chosen = next(module for module in modules if not module.why_not())
-    if chosen is reference:
-        reasons = "; or ".join(f"{module.why_not()}; {module.REMEDY}" for module in modules[:-1])
-        _warn_once(f"backend 'auto' uses the slower 'reference': {reasons}")
-    return chosen
+        return f"there are no kernels for {device.type} devices"
+    modules = [BACKENDS[name] for name in _for(device)[:-1]]
+    return "; or ".join(f"{module.why_not()}; {module.REMEDY}" for module in modules)
 
 
 _warned: set[str] = set()
@@ -63,4 +72,4 @@ _warned: set[str] = set()
 def _warn_once(message: str) -> None:
     if message not in _warned:
         _warned.add(message)
-        warnings.warn(message, stacklevel=4)
+        warnings.warn(message, stacklevel=3)

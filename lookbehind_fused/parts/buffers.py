@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..open_step import Part
 from ..program import Evaluation
+from ..tensors import shown
 
 
 class Copy(NamedTuple):
@@ -119,4 +120,4 @@ def check_model(model: nn.Module) -> None:
         TypeError: naming the argument, what was expected and what came.
     """
     if not isinstance(model, nn.Module):
-        raise TypeError(f"buffers_at_slow: expected a torch.nn.Module, got {model!r}")
+        raise TypeError(f"buffers_at_slow: expected a torch.nn.Module, got {shown(model)}")
