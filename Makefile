@@ -84,9 +84,10 @@ sanitize:  ## run the C++ kernels under the address, undefined-behaviour and thr
 dist-check: $(READY)  ## build a source archive, install it into new environments with and without a compiler
 	@$(PY) -m tests.dist_check
 
-check: $(READY)  ## lint and check the format, changing nothing
+check: $(READY)  ## lint, check the format and the types, changing nothing
 	@$(PY) -m ruff check --quiet $(CODE)
 	@$(PY) -m ruff format --check --quiet $(CODE) || { echo "run 'make format'" >&2; exit 1; }
+	@$(PY) -m mypy --no-error-summary
 	@$(VENV)/bin/clang-format --dry-run -Werror $(CPP) || { echo "run 'make format'" >&2; exit 1; }
 
 format: $(READY)  ## sort imports, apply safe fixes, format

@@ -212,7 +212,8 @@ def gradient_alignment(
 def _left_as_it_was(model: nn.Module) -> Iterator[dict[Tensor, Tensor]]:
     """The model in eval mode, free to be changed; puts everything back in the end. Gives the copy of each tensor."""
     modes = [(module, module.training) for module in model.modules()]
-    places = [(tensors, dict(tensors)) for module, _ in modes for tensors in (module._parameters, module._buffers)]
+    named_by_modules: list[dict[str, Any]] = [x for m, _ in modes for x in (m._parameters, m._buffers)]
+    places = [(named, dict(named)) for named in named_by_modules]
     tensors = dict.fromkeys(x for _, named in places for x in named.values() if x is not None)
     kept = {x: x.detach().clone() for x in tensors}
     flags = [(x, x.requires_grad) for x in tensors]
@@ -234,7 +235,7 @@ def _left_as_it_was(model: nn.Module) -> Iterator[dict[Tensor, Tensor]]:
                     x.requires_grad_(requires_grad)
             for x, grad, copy in grads:
                 x.grad = grad
-                if grad is not None:
+                if grad is not None and copy is not None:
                     grad.detach().copy_(copy)
 
 

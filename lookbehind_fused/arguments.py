@@ -99,7 +99,7 @@ def check_settings(
         TypeError, ValueError: naming the argument, what was expected and what came.
     """
     check_int("k", k, 1)
-    if alpha != "adaptive" and not (is_number(alpha) and 0 < alpha <= 1):
+    if alpha != "adaptive" and (isinstance(alpha, str) or not (is_number(alpha) and 0 < alpha <= 1)):
         raise wrong("alpha", 'a number in (0, 1] or "adaptive"', alpha, (numbers.Real, str))
     check_choice("alpha_scope", alpha_scope, "global", "tensor")
     check_choice("rho_scope", rho_scope, "step", "total")

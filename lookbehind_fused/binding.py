@@ -18,14 +18,14 @@ if TYPE_CHECKING:
 
 SHARED, PIECE = 2**19, 2**14  # elements: fewer stay on one thread; torch's own ops share out from 2^15 on
 
-BoundCall = Callable[[Sequence[Tensor]], Any]
-"""To be called with the gradients of the tensors that it was bound for."""
+BoundCall = Callable[[Sequence[Any]], Any]
+"""To be called with the gradients of the tensors that it was bound for; the reference backend takes None for one."""
 
 
-def bind_call(bucket: Bucket, call: Call, rows: tuple[int, ...], kernels: ModuleType) -> BoundCall | None:
-    """Bind a call for the bucket's tensors ``rows`` to a backend; None for what happens between buckets."""
+def bind_call(bucket: Bucket, call: Call, rows: tuple[int, ...], kernels: ModuleType) -> BoundCall:
+    """Bind a call for the bucket's tensors ``rows`` to a backend; nothing is done for what happens between buckets."""
     if call.op in BETWEEN:
-        return None
+        return _nothing([], None)
     buffers = {role: bucket.memory_of(name) for role, name in call.buffers.items()}
     if call.op == "copy":
         return lambda grads: torch._foreach_copy_(pieces(buffers["target"]), pieces(buffers["source"]))
@@ -56,8 +56,8 @@ def bind_call(bucket: Bucket, call: Call, rows: tuple[int, ...], kernels: Module
         "done": cell,
     }
     own = {name: value for name, value in arguments.items() if name in ARGUMENTS[call.op]}
-    run = kernels.bind(call.op, params, bucket.table if whole else bucket.table[[*rows]], own)
-    if call.op == "descend_align" and not whole and flags & Flag.PER_TENSOR:
+    run: BoundCall = kernels.bind(call.op, params, bucket.table if whole else bucket.table[[*rows]], own)
+    if sums is not None and call.op == "descend_align" and not whole and flags & Flag.PER_TENSOR:
         run = _with_nan(run, sums)
     return _with_mean(run, bucket.views(call.mean, rows), bucket.dtype) if call.mean else run
 
@@ -86,13 +86,14 @@ def _sums(bucket: Bucket, call: Call) -> Tensor | None:
     return sums[bucket.number : bucket.number + 1] if call.op == "descend_align" else sums
 
 
-def _keep(params: list[Tensor], views: list[list[Tensor]], cell: Tensor) -> BoundCall:
+def _keep(params: list[Tensor], views: list[list[Tensor]], cell: Tensor | None) -> BoundCall:
     """slow = perturbed = params."""
 
     def keep(grads: Sequence[Tensor]) -> None:
         for of_buffer in views if params else ():
             torch._foreach_copy_(of_buffer, params)
-        cell.fill_(1)
+        if cell is not None:
+            cell.fill_(1)
 
     return keep
 

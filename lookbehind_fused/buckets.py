@@ -34,13 +34,14 @@ SUBSETS = 8  # how many sets of tensors with a gradient are remembered
 STEPS = ("steps", "working steps 0", "working steps 1", "no steps")  # one number a tensor
 IRREGULAR = (-1,)  # equals no set of rows
 
-Bound = list[list[BoundCall | None]]  # for each evaluation, for each call
+Bound = list[list[BoundCall]]  # for each evaluation, for each call
+Gathered = tuple[list[BoundCall], Sequence[Any]]  # calls, and the gradients to call them with
 
 
 class Member(NamedTuple):
-    """A tensor of a bucket: its index in the optimizer, its name in messages, and the bucket's number of its group."""
+    """A tensor of a bucket: its number in the optimizer, its name in messages, and the bucket's number of its group."""
 
-    index: int
+    number: int
     name: str
     tensor: Tensor
     group: int
@@ -92,7 +93,7 @@ class Bucket:
         self.entries: list[dict[str, Tensor]] = []  # ours in base.state[p], by name
         self.untouched = set(self.all_rows)  # rows whose base state is all zeros and not published
         self.bound_for: dict[tuple[int, ...], Bound]
-        self.key: tuple | None = None  # what the calls are bound for
+        self.key: tuple[Program, Traits, int, Norms] | None = None  # what the calls are bound for
         self.point()
 
     def point(self) -> None:
@@ -114,7 +115,9 @@ class Bucket:
         """
         clip = torch.inf if settings.max_grad_norm is None else settings.max_grad_norm
         unscale = 1.0 if isinstance(loss_scale, Tensor) else 1 / loss_scale
-        rows, mean_rows, on_device = [], [], []
+        rows: list[list[float]] = []
+        mean_rows: list[list[float]] = []
+        on_device: list[tuple[int, int, Tensor]] = []
         for where, group in self.groups.items():
             check_group(group, where, self.keys)
             rho, eta = group[self.keys.rho] / settings.ascents_in_rho, group[self.keys.eta]
@@ -127,9 +130,9 @@ class Bucket:
                     numbers[column] = 0.0
             rows.append([*map(float, numbers)])
             mean_rows.append([rho, float(eta), 1.0, torch.inf, 1.0, -1 / gathered, 0.0, 0.0, 0.0])
-        for numbers, values in ((self.hyper, rows), (self.mean_hyper, mean_rows)):
+        for hyper, values in ((self.hyper, rows), (self.mean_hyper, mean_rows)):
             now = torch.tensor(values, dtype=torch.float64, device="cpu")
-            numbers.copy_(now.pin_memory() if numbers.is_cuda else now, non_blocking=True)
+            hyper.copy_(now.pin_memory() if hyper.is_cuda else now, non_blocking=True)
         for row, column, x in on_device:
             self.hyper[row, column].copy_(x.detach().reshape(()), non_blocking=True)
 
@@ -249,7 +252,7 @@ class Bucket:
 
     # ---- gradients ----
 
-    def gather(self, index: int, given: Mapping[Tensor, Tensor] | None = None) -> tuple[list, Sequence[Any]]:
+    def gather(self, index: int, given: Mapping[Tensor, Tensor] | None = None) -> Gathered:
         """The bound calls that follow evaluation ``index``, and the gradients to call them with: those that are there,
         or those ``given``.
         """
@@ -285,7 +288,7 @@ class Bucket:
             self.bound_for[rows] = self._bind(rows, self.kernels, self.calls)
         return self.bound_for[rows]
 
-    def _gather_irregular(self, index: int, rows: tuple[int, ...], grads: list[Tensor]) -> tuple[list, list]:
+    def _gather_irregular(self, index: int, rows: tuple[int, ...], grads: list[Tensor]) -> Gathered:
         """Other tensors than before have gradients: the rest of the step runs on the reference backend, which takes
         None for a gradient, by calls that derive nothing.
         """
@@ -314,8 +317,14 @@ class Bucket:
         """Write the fast weights of inner step 1, which the calls meant to derive at inner step 2."""
         if not self.joined:
             return
-        buffers = {"state": tuple(map(working, self.state_names)), "steps": "working steps 1"}
-        call = Call("descend", buffers={"fast": "fast", "fast_from": "slow", **buffers}, flags=int(Flag.DERIVES))
+        own = tuple(map(working, self.state_names))
+        buffers: dict[str, str | tuple[str, ...]] = {
+            "fast": "fast",
+            "fast_from": "slow",
+            "state": own,
+            "steps": "working steps 1",
+        }
+        call = Call("descend", buffers=buffers, flags=int(Flag.DERIVES))
         bind_call(self, call, self.joined, reference)([None] * len(self.joined))
 
     def _join(self, rows: tuple[int, ...]) -> None:

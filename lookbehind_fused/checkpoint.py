@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from copy import copy, deepcopy
 from itertools import chain
-from typing import Any
+from typing import Any, ClassVar
 
-from torch import Tensor
+from torch import Tensor, nn
+from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
 from .arguments import Keys, Settings, check_group, check_settings
@@ -31,9 +32,25 @@ class Saved(Wrappable):
         FIXED: of these, what makes the method what it is.
     """
 
-    SETTINGS = Settings._fields
-    FIXED: tuple[str, ...] = ()
+    SETTINGS: ClassVar[tuple[str, ...]] = Settings._fields
+    FIXED: ClassVar[tuple[str, ...]] = ()
     base_optimizer: Optimizer
+    k: int
+    alpha: float | str
+    alpha_scope: str
+    rho_scope: str
+    max_grad_norm: float | None
+    nonfinite: str
+    microbatches: int
+    ascent_gradient: str
+    reuse_gradient: bool
+    same_randomness: bool
+    ascents: str
+    loss_scale: float | Tensor
+    buffers_at_slow: nn.Module | None
+    model: nn.Module | None
+    backend: str
+    _scaler: GradScaler | None
     _previous: Any
 
     def require_closed(self, what: str) -> None:
@@ -65,7 +82,10 @@ class Saved(Wrappable):
             group[keys.adaptive] = copy(group[keys.adaptive])  # a list may be changed in place
             group[OWN] = self.settings()
         params = tensors_of(self.param_groups)
-        own = {"base_optimizer": type(self.base_optimizer).__name__, "shapes": [list(p.shape) for p in params]}
+        own: dict[str, Any] = {
+            "base_optimizer": type(self.base_optimizer).__name__,
+            "shapes": [list(p.shape) for p in params],
+        }
         if self._previous.kept:
             kept = [self._previous.kept.get(p) for p in params]
             own["previous"] = [None if g is None else g.clone() for g in kept]
@@ -98,8 +118,8 @@ class Saved(Wrappable):
         previous = state_dict.get(OWN, {}).get("previous", [None] * len(params))
         pairs = [(p, g) for p, g in zip(params, previous, strict=True) if g is not None]
         self._previous.kept = {p: placed_like(g.detach().to(p.device, p.dtype, copy=True), p) for p, g in pairs}
-        for hook in self._optimizer_load_state_dict_post_hooks.values():
-            hook(self)
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
 
     def _check_loadable(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """Refuse what cannot be loaded; the settings that it brings."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, overload
 
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
@@ -11,6 +11,11 @@ from .arguments import check_bool
 from .optimizer import Lookbehind
 from .program import Program, multistep
 from .tensors import shown
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from .signatures import OfASAM, OfMultistepSAM
 
 
 class SAM(Lookbehind):
@@ -31,6 +36,26 @@ class SAM(Lookbehind):
         adaptive: ASAM's scaling of the ascent (Kwon et al. 2021).
     """
 
+    @overload
+    def __init__(
+        self,
+        params: ParamsT,
+        base_optimizer: type[Optimizer],
+        rho: float | None = ...,
+        adaptive: bool | None = ...,
+        **settings: Any,
+    ) -> None: ...
+
+    @overload
+    def __init__(
+        self,
+        params: ParamsT | None,
+        base_optimizer: Optimizer,
+        rho: float | None = ...,
+        adaptive: bool | None = ...,
+        **settings: Unpack[OfASAM],
+    ) -> None: ...
+
     def __init__(
         self,
         params: ParamsT | None,
@@ -40,9 +65,10 @@ class SAM(Lookbehind):
         **settings: Any,
     ) -> None:
         refuse(self, settings, "k", "alpha", "alpha_scope", "reuse_gradient")
-        super().__init__(params, base_optimizer, rho=rho, adaptive=adaptive, k=1, alpha=1.0, **settings)
+        base: Any = base_optimizer  # of either kind
+        super().__init__(params, base, rho=rho, adaptive=adaptive, k=1, alpha=1.0, **settings)
 
-    FIXED = ("k", "alpha", "alpha_scope", "reuse_gradient")
+    FIXED: ClassVar[tuple[str, ...]] = ("k", "alpha", "alpha_scope", "reuse_gradient")
 
     def first_step(self, zero_grad: bool = False) -> None:
         """``ascent_step()``, then clear the gradients if asked to."""
@@ -63,7 +89,17 @@ class ASAM(SAM):
     (``weight_scaling``).
     """
 
-    GROUP: ClassVar = {**Lookbehind.GROUP, "rho": 0.5}
+    GROUP: ClassVar[dict[str, Any]] = {**Lookbehind.GROUP, "rho": 0.5}
+
+    @overload
+    def __init__(
+        self, params: ParamsT, base_optimizer: type[Optimizer], rho: float | None = ..., **settings: Any
+    ) -> None: ...
+
+    @overload
+    def __init__(
+        self, params: ParamsT | None, base_optimizer: Optimizer, rho: float | None = ..., **settings: Unpack[OfASAM]
+    ) -> None: ...
 
     def __init__(
         self,
@@ -73,7 +109,8 @@ class ASAM(SAM):
         **settings: Any,
     ) -> None:
         refuse(self, settings, "adaptive")
-        super().__init__(params, base_optimizer, rho, True, **settings)
+        base: Any = base_optimizer  # of either kind
+        super().__init__(params, base, rho, True, **settings)
 
 
 class MultistepSAM(Lookbehind):
@@ -89,8 +126,32 @@ class MultistepSAM(Lookbehind):
             reach counts with a gradient of 0 there; a gradient that is skipped (``nonfinite``) likewise.
     """
 
-    SETTINGS = (*Lookbehind.SETTINGS, "average")
-    FIXED = ("alpha", "alpha_scope", "reuse_gradient", "microbatches", "ascent_gradient")
+    SETTINGS: ClassVar[tuple[str, ...]] = (*Lookbehind.SETTINGS, "average")
+    FIXED: ClassVar[tuple[str, ...]] = ("alpha", "alpha_scope", "reuse_gradient", "microbatches", "ascent_gradient")
+
+    @overload
+    def __init__(
+        self,
+        params: ParamsT,
+        base_optimizer: type[Optimizer],
+        *,
+        rho: float | None = ...,
+        k: int = ...,
+        average: bool = ...,
+        **settings: Any,
+    ) -> None: ...
+
+    @overload
+    def __init__(
+        self,
+        params: ParamsT | None,
+        base_optimizer: Optimizer,
+        *,
+        rho: float | None = ...,
+        k: int = ...,
+        average: bool = ...,
+        **settings: Unpack[OfMultistepSAM],
+    ) -> None: ...
 
     def __init__(
         self,
@@ -104,7 +165,8 @@ class MultistepSAM(Lookbehind):
     ) -> None:
         refuse(self, settings, "alpha", "alpha_scope", "reuse_gradient", "microbatches", "ascent_gradient")
         self.average = average
-        super().__init__(params, base_optimizer, rho=rho, k=k, alpha=1.0, **settings)
+        base: Any = base_optimizer  # of either kind
+        super().__init__(params, base, rho=rho, k=k, alpha=1.0, **settings)
 
     def program(self, reuse_gradient: bool) -> Program:
         """k ascents and a descent."""

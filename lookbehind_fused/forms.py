@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numbers
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from types import NoneType
 from typing import Any
 
@@ -27,7 +27,7 @@ from .tensors import shown
 class Forms(Loop):
     """What runs the steps of ``Lookbehind``."""
 
-    def step(self, closure: Callable[..., Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[..., Any] | None = None) -> Any:
         """One outer step: k + 1 evaluations of ``closure`` (2k with ``reuse_gradient=False``).
 
         Args:
@@ -264,7 +264,7 @@ class Forms(Loop):
         still = all(group.get("lr", 0) == 0 for group in self.param_groups)
         return bool(grads) and still and self._now.open is None and not any(map(any_of, grads))
 
-    def evaluations(self, *, apply: bool = True) -> Iterator[Evaluation]:
+    def evaluations(self, *, apply: bool = True) -> Generator[Evaluation, None, None]:
         """One outer step with the loop in the caller's hands: run forward and backward once per iteration.
 
         Gradients are cleared before each iteration. Leaving the loop early, by ``break`` or by an exception, restores

@@ -65,10 +65,19 @@ class _Captured(NamedTuple):
     """
 
     bucket: Bucket
-    key: tuple
+    key: tuple[Any, ...]
     memory: list[Tensor]
     bound: dict[tuple[int, ...], Bound]
     joined: tuple[int, ...]
+
+
+def _key(bucket: Bucket) -> tuple[Any, ...]:
+    return () if bucket.key is None else bucket.key[:3]
+
+
+def _put_back(kept: dict[Bucket, dict[tuple[int, ...], Bound]]) -> None:
+    for bucket, bound in kept.items():
+        bucket.bound_for = bound
 
 
 class GraphedStep:
@@ -87,7 +96,7 @@ class GraphedStep:
             _check_capturable(optimizer, step)
             self._graph = Graph(step.buckets[0].device, pool)
             kept = {bucket: bucket.bound_for for bucket in step.buckets}
-            stack.callback(lambda: [setattr(bucket, "bound_for", bound) for bucket, bound in kept.items()])
+            stack.callback(_put_back, kept)
             for bucket in step.buckets:
                 bucket.bound_for = {}
             self._capture(closure, num_warmup_iters)
@@ -125,7 +134,7 @@ class GraphedStep:
                 "model may not capture graphs of its own (torch.compile(mode='reduce-overhead'))"
             ) from error
         self._scale, self._norms = scale, step.norms
-        self._buckets = [_Captured(b, b.key[:3], b.memory, b.bound_for, b.joined) for b in step.buckets]
+        self._buckets = [_Captured(b, _key(b), b.memory, b.bound_for, b.joined) for b in step.buckets]
         self._grads = [(p, p.grad) for p in optimizer._prepared.tensors]
 
     def __call__(self) -> Any:
@@ -141,7 +150,7 @@ class GraphedStep:
         optimizer = self._optimizer
         step = optimizer._prepare_with_hooks(optimizer.reuse_gradient)
         self._check(step)
-        if isinstance(self._scale, Tensor):
+        if isinstance(self._scale, Tensor) and isinstance(step.loss_scale, Tensor):
             self._scale.copy_(step.loss_scale, non_blocking=True)
         replayed = _Replayed(step, self._norms)
         optimizer._guarded(replayed, self._replay, replayed)
@@ -171,7 +180,7 @@ class GraphedStep:
             changed = "the parameters and their groups"
         elif any(one.bucket.memory is not one.memory for one in self._buckets):
             changed = "the parameters' places in memory"
-        elif any(one.bucket.key[:3] != one.key for one in self._buckets):
+        elif any(_key(one.bucket) != one.key for one in self._buckets):
             changed = "the settings that a step is made of (k, adaptive alpha, clipping, skipping, the base's flags)"
         elif isinstance(step.loss_scale, Tensor) != isinstance(self._scale, Tensor):
             changed = "whether the loss is scaled"

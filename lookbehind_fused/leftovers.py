@@ -62,10 +62,13 @@ class Leftovers:
             known = {*map(id, self._tensors)}
             sample = [*sample, *(p for p in tensors if id(p) not in known)]
         for p in sample:
-            g = shard(p.grad) if self._sharded else p.grad
+            g = p.grad
+            if g is not None and self._sharded:
+                g = shard(g)
             if g is not None and getattr(g, "_lookbehind_left", None) != g._version:
-                others = [p for p in tensors if p.grad is not None and not _is_leftover(p.grad)]
-                return others if any(any_of(_values(p.grad)) for p in others) else []
+                there = [(p, p.grad) for p in tensors if p.grad is not None]
+                others = [(p, g) for p, g in there if not _is_leftover(g)]
+                return [p for p, _ in others] if any(any_of(_values(g)) for _, g in others) else []
         return []
 
 

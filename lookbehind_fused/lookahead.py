@@ -2,33 +2,32 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, overload
 from weakref import ref
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.optim.optimizer import ParamsT
 from torch.utils.hooks import RemovableHandle
 
 from . import kernels
 from .arguments import check_fraction, check_int, refuse_unknown
-from .buckets import flat_layout, flat_view
 from .elsewhere import Elsewhere
 from .open_step import Part
 from .optimizer import Lookbehind
+from .parts.slow_copies import SlowCopies, copies_of, copy_all, moves
 from .report import size_of
 from .shards import placed_like, shards, whole
 from .tensors import (
     ROUNDED,
     check_parameters,
-    compute_dtype,
-    layout,
     params_and_names,
     shown,
     tensors_of,
-    trained,
 )
 from .wrappers import Wrappable
 
@@ -73,6 +72,26 @@ class Lookahead(Wrappable):
         ValueError: an argument or a parameter is not acceptable; the message names it, what was expected and what came.
     """
 
+    optimizer: Optimizer
+    k: int
+    alpha: float
+    backend: str
+    _tensors: list[Tensor]
+    _copies: list[SlowCopies]
+    _count: int | Tensor
+    _backup: list[Tensor] | None
+
+    @overload
+    def __init__(
+        self, optimizer: type[Optimizer], k: int = ..., alpha: float = ..., *,
+        params: ParamsT, backend: str = ..., **kwargs: Any,
+    ) -> None: ...  # fmt: skip
+
+    @overload
+    def __init__(
+        self, optimizer: Optimizer, k: int = ..., alpha: float = ..., *, params: None = ..., backend: str = ...
+    ) -> None: ...
+
     def __init__(
         self, optimizer: Optimizer | type[Optimizer], k: int = 5, alpha: float = 0.5, *,
         params: Any = None, backend: str = "auto", **kwargs: Any,
@@ -82,7 +101,7 @@ class Lookahead(Wrappable):
         kernels.resolve(backend)
         refuse_unknown(kwargs, Lookahead, optimizer, kwargs.get("base_optimizer"))
         if isinstance(optimizer, type) and issubclass(optimizer, Optimizer):
-            own = {"backend": backend} if issubclass(optimizer, Lookbehind) else {}
+            own: dict[str, Any] = {"backend": backend} if issubclass(optimizer, Lookbehind) else {}
             optimizer = optimizer(params, **own, **kwargs)
         elif params is not None or kwargs:
             name = next(iter(kwargs), "params")
@@ -97,7 +116,7 @@ class Lookahead(Wrappable):
     # ---- one optimizer with the one inside ----
 
     @property
-    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+    def param_groups(self) -> list[dict[str, Any]]:
         """The optimizer's own parameter groups."""
         return self.optimizer.param_groups
 
@@ -106,18 +125,22 @@ class Lookahead(Wrappable):
         self.optimizer.param_groups = value
 
     @property
-    def state(self) -> dict[Tensor, Any]:  # type: ignore[override]
+    def state(self) -> defaultdict[Tensor, Any]:
         """The optimizer's own state."""
         return self.optimizer.state
 
     @state.setter
-    def state(self, value: dict[Tensor, Any]) -> None:
+    def state(self, value: defaultdict[Tensor, Any]) -> None:
         self.optimizer.state = value
 
     @property
-    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
+    def defaults(self) -> dict[str, Any]:
         """The optimizer's own defaults."""
         return self.optimizer.defaults
+
+    @defaults.setter
+    def defaults(self, value: dict[str, Any]) -> None:
+        self.optimizer.defaults = value
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
@@ -170,7 +193,9 @@ class Lookahead(Wrappable):
                 self.optimizer.require_scaler(self)
             return self.optimizer.step(*args, **kwargs)
         # GradScaler leaves them on the optimizer that it is given.
-        scaling = {name: self.__dict__[name] for name in ("grad_scale", "found_inf") if name in self.__dict__}
+        scaling: dict[str, Any] = {
+            name: self.__dict__[name] for name in ("grad_scale", "found_inf") if name in self.__dict__
+        }
         vars(self.optimizer).update(scaling)
         part = self.part()
         part.begin()
@@ -206,13 +231,13 @@ class Lookahead(Wrappable):
         self._require_same_parameters()
         unchanged = all([copies.are_of_now() for copies in self._copies])
         held = {id(p) for copies in self._copies for p in copies.params}
-        held_all = unchanged and held.issuperset(id(p) for p in self._tensors if _moves(p))
+        held_all = unchanged and held.issuperset(id(p) for p in self._tensors if moves(p))
         if isinstance(self._count, Tensor) and held_all:
             for copies in self._copies:
                 copies.keep(self._count == 0)
         elif self.inner_step == 0:
             if not held_all:
-                self._copies = _copies_of(self._tensors)
+                self._copies = copies_of(self._tensors)
             for copies in self._copies:
                 copies.keep()
         elif not unchanged:
@@ -234,7 +259,7 @@ class Lookahead(Wrappable):
                 if not (again and copies.done[0]):
                     copies.interpolate(self.alpha, pulls)
             self._elsewhere.written()
-        self._count = torch.where(pulls, 0, count) if isinstance(count, Tensor) else 0 if pulls else count
+        self._count = torch.where(pulls, 0, count) if isinstance(pulls, Tensor) else 0 if pulls else count
         self._opt_called = True  # LR schedulers look for it
 
     def _require_fast_weights(self, what: str) -> None:
@@ -269,11 +294,11 @@ class Lookahead(Wrappable):
         self._require_same_parameters()
         self._backup = [p.detach().clone() for p in self._tensors]
         try:
-            _copy(shards(self._slow()), shards(self._tensors))
+            copy_all(shards(self._slow()), shards(self._tensors))
             self._elsewhere.written()
             yield
         finally:
-            _copy(shards(self._backup), shards(self._tensors))
+            copy_all(shards(self._backup), shards(self._tensors))
             self._elsewhere.written()
             self._backup = None
 
@@ -287,7 +312,7 @@ class Lookahead(Wrappable):
                 copies.keep()
             if copies.rounds or self.inner_step:
                 kept = zip(copies.params, copies.views, strict=True)
-                slow.update((id(p), whole(w, p)) for p, w in kept if _moves(p))
+                slow.update((id(p), whole(w, p)) for p, w in kept if moves(p))
         return [slow[id(p)] for p in self._tensors]
 
     # ---- saving and loading ----
@@ -327,11 +352,11 @@ class Lookahead(Wrappable):
         self._take_over(inner_step, slow)
 
     def _take_over(self, inner_step: int, slow: Sequence[Tensor] | None) -> None:
-        self._count: int | Tensor = inner_step
-        self._copies = _copies_of(self._tensors) if slow else []
+        self._count = inner_step
+        self._copies = copies_of(self._tensors) if slow else []
         given = {id(p): w for p, w in zip(self._tensors, slow or [], strict=False)}
         for copies in self._copies:
-            _copy(shards(placed_like(given[id(p)], p) for p in copies.params), copies.views)
+            copy_all(shards(placed_like(given[id(p)], p) for p in copies.params), copies.views)
 
     def __getstate__(self) -> dict[str, Any]:
         self._require_fast_weights("copying or pickling the optimizer")
@@ -348,10 +373,10 @@ class Lookahead(Wrappable):
         super().__setstate__({**own, "_backup": None})
         self._tensors, names = params_and_names(self.param_groups)
         self._take_over(inner_step, slow)
-        inside = isinstance(self.optimizer, Lookbehind)
-        if inside:
-            self.optimizer._around = ref(self)
-        self._elsewhere = self.optimizer._elsewhere if inside else Elsewhere()
+        inside = self.optimizer
+        if isinstance(inside, Lookbehind):
+            inside._around = ref(self)
+        self._elsewhere = inside._elsewhere if isinstance(inside, Lookbehind) else Elsewhere()
         self._elsewhere.follow(self._tensors, names)
 
 
@@ -370,81 +395,6 @@ class LookaheadPart(Part):
     def commit(self) -> None:
         """The k-th step moves the slow weights; one that does not happen does not count."""
         self.commits += 1
-        count = self.before + (1 if self.happens is None else self.happens.long())
-        self.lookahead.end_step(count if self.happens is not None else int(count), again=self.commits > 1)
-
-
-class _Copies:
-    """The slow weights of the parameters of one device and dtype, in one flat buffer (``buckets``)."""
-
-    def __init__(self, params: list[Tensor]) -> None:
-        first = params[0]
-        self.params, self.shards = params, shards(params)
-        self.dtype, self.rounds = compute_dtype(first.dtype), first.dtype in ROUNDED
-        self.table, size = flat_layout(self.shards, self.dtype, [0] * len(params))
-        self.layouts = [layout(p) for p in self.shards]
-        self.slow = torch.empty(size, dtype=self.dtype, device=first.device)
-        self.views = self._views_of(self.slow)
-        self.done = torch.zeros(1, dtype=torch.int32, device=first.device)
-        _copy(self.shards, self.views)
-
-    def _views_of(self, buffer: Tensor) -> list[Tensor]:
-        return [
-            flat_view(buffer, self.table, row, shape, strides)
-            for row, (shape, _, _, strides) in enumerate(self.layouts)
-        ]
-
-    def are_of_now(self) -> bool:
-        """Whether the parameters still have the dtypes, devices and strides that the buffer was laid out for."""
-        return [layout(p) for p in shards(self.params)] == self.layouts
-
-    @torch.no_grad()
-    def keep(self, where: Tensor | None = None) -> None:
-        """The slow weights are the parameters as they are now; or are so ``where``, 0-dim bool, says it. Where
-        parameters are the rounded image of the slow weights already, these stay unrounded.
-        """
-        self.shards = shards(self.params)
-        if not self.rounds and where is None:
-            _copy(self.shards, self.views)
-            return
-        for p, slow in zip(self.shards, self.views, strict=True):
-            kept = p.to(self.dtype)
-            if self.rounds:
-                kept = torch.where(slow.to(p.dtype) == p, slow, kept)
-            slow.copy_(kept if where is None else torch.where(where.to(slow.device), kept, slow))
-
-    @torch.no_grad()
-    def interpolate(self, alpha: float, where: bool | Tensor = True) -> None:
-        """``params = slow = slow + alpha * (params - slow)`` of those that are trained; or so ``where``, 0-dim bool,
-        says it. One call writes everything, and 1 to ``done``, so that an interrupt comes before or after.
-        """
-        known = zip(self.params, self.shards, self.views, strict=True)
-        moved = [(here, w) for p, here, w in known if _moves(p)]
-        if not moved:
-            return
-        params, slow = map(list, zip(*moved, strict=True))
-        new = torch._foreach_lerp(slow, [p.to(self.dtype) for p in params], alpha)
-        new_params = new
-        if isinstance(where, Tensor):
-            where = where.to(self.slow.device)
-            new_params = [torch.where(where, w.to(p.dtype), p) for p, w in zip(params, new, strict=True)]
-            new = [torch.where(where, w, old) for w, old in zip(new, slow, strict=True)]
-        torch._foreach_copy_([*slow, *params, self.done], [*new, *new_params, torch.ones_like(self.done)])
-
-
-@torch.no_grad()
-def _copy(sources: Sequence[Tensor], targets: Sequence[Tensor]) -> None:
-    torch._foreach_copy_(targets, sources)
-
-
-def _moves(p: Tensor) -> bool:
-    """Whether a step may move it."""
-    return p.is_floating_point() and trained(p)
-
-
-def _copies_of(tensors: Sequence[Tensor]) -> list[_Copies]:
-    members: dict[tuple, list[Tensor]] = {}
-    for p in tensors:
-        if _moves(p):
-            members.setdefault((p.device, p.dtype), []).append(p)
-    return [_Copies(params) for params in members.values()]
+        happens = self.happens
+        count = self.before + happens.long() if isinstance(happens, Tensor) else int(self.before) + 1
+        self.lookahead.end_step(count, again=self.commits > 1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from operator import attrgetter
 from typing import Any
 from weakref import ref
@@ -43,7 +43,7 @@ class Loop(Saved):
         self._elsewhere = Elsewhere(state.get("model"))
         self._prepared = Prepared(self.base_optimizer, self.defaults, self._elsewhere)
         self._read_settings = attrgetter(*self.SETTINGS)
-        self._checked: tuple | None = None  # the settings that were found acceptable
+        self._checked: tuple[Any, ...] | None = None  # the settings that were found acceptable
         self._scale_checked: float | Tensor | None = None
         self._programs: dict[bool, Program] = {}
         self._local: LocalAscents | None = None
@@ -59,13 +59,13 @@ class Loop(Saved):
         raise NotImplementedError
 
     @property
-    def _opt_called(self) -> bool:  # type: ignore[override]
+    def _opt_called(self) -> bool:
         """Whether there was a step, which LR schedulers look for on the optimizer that they are given."""
         return getattr(self.base_optimizer, "_opt_called", False)
 
     @_opt_called.setter
     def _opt_called(self, value: bool) -> None:
-        self.base_optimizer._opt_called = value
+        self.base_optimizer._opt_called = value  # type: ignore[attr-defined]
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As ``torch.optim`` does, but gradients that are to be None are not looked at before."""
@@ -90,7 +90,8 @@ class Loop(Saved):
 
     def _device(self) -> torch.device:
         """That of the first parameter."""
-        return next(p.device for group in self.param_groups for p in group["params"])
+        first: Tensor = next(p for group in self.param_groups for p in group["params"])
+        return first.device
 
     def _check(self) -> None:
         """Refuse a step that cannot begin, before anything else happens.
@@ -169,7 +170,7 @@ class Loop(Saved):
         if step.program.recalls:
             step.recall(self._previous.of_now(self._prepared.late))
 
-    def _evaluate(self, step: OpenStep, uses: bool = True, given: bool = False) -> Iterator[Evaluation]:
+    def _evaluate(self, step: OpenStep, uses: bool = True, given: bool = False) -> Generator[Evaluation, None, None]:
         """The evaluations of a step that has not begun; ``uses``: what follows each is done here. ``given``: the
         gradients of the first are there.
         """
@@ -310,7 +311,7 @@ class Loop(Saved):
             if not step.program.recalls and self._previous.kept:
                 self._previous.kept = {}
             now.last = step
-            self.base_optimizer._opt_called = True
+            self.base_optimizer._opt_called = True  # type: ignore[attr-defined]
         self._leftovers.note(self._prepared.tensors)
         now.open = None
 

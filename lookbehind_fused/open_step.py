@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .arguments import Settings
-from .buckets import Bucket
+from .buckets import Bucket, Gathered
 from .elsewhere import Elsewhere
 from .kernels.contract import Flag
 from .kernels.reference import finite
@@ -30,8 +30,6 @@ REMEDY = "call loss.backward() at each evaluation, with a loss of the model whos
 TRIES = 3  # at the last calls, which fail by themselves, or because a signal's handler raises in between
 
 PartType = TypeVar("PartType", bound="Part")
-Gathered = list[tuple[list, Sequence[Any]]]
-"""For each bucket its bound calls and the gradients to call them with."""
 
 
 class Part:
@@ -86,7 +84,9 @@ class OpenStep:
         self.opened = False  # whether its buckets have been opened already
         self.phase = IDLE
         self.position = int(program.recalls)  # of the evaluation that is due
-        self.final: tuple[int, Gathered] | None = None  # the first of the last calls, while they run, and its gradients
+        self.final: tuple[int, Sequence[Gathered]] | None = (
+            None  # the first of the last calls, while they run, and its gradients
+        )
         self.published = False  # whether state has appeared in the base's
         self.given_unscaled = False  # whether the gradients of evaluation 0 were given, free of the loss's scale
         self.skips = bool(buckets[0].flags & Flag.SKIPS)
@@ -203,7 +203,7 @@ class OpenStep:
             part.use(evaluation)
         self.position += 1
 
-    def _run(self, index: int, gathered: Gathered) -> None:
+    def _run(self, index: int, gathered: Sequence[Gathered]) -> None:
         """Every bucket finishes a call before any begins the next."""
         calls = self.buckets[0].calls[index]
         try:
@@ -223,11 +223,11 @@ class OpenStep:
             self.elsewhere.written()
         self.final = None
 
-    def _check(self, gathered: Gathered) -> None:
+    def _check(self, gathered: Sequence[Gathered]) -> None:
         for bucket, (_, grads) in zip(self.buckets, gathered, strict=True):
             bucket.check(grads)
 
-    def _between(self, call: Any, gathered: Gathered) -> None:
+    def _between(self, call: Any, gathered: Sequence[Gathered]) -> None:
         if call.op == "own_step":
             self._check(gathered)  # copies of them would be lent
             self.own_step.run(call, [grads for _, grads in gathered], self.buckets)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import warnings
+from collections import defaultdict
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar, overload
 
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
@@ -31,6 +32,11 @@ from .parts.scaling import check_scaler
 from .program import Program, lookbehind
 from .report import described, memory_of
 from .tensors import check_added, check_parameters, params_and_names
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from .signatures import OfLookbehind
 
 
 class Lookbehind(Forms):
@@ -143,8 +149,40 @@ class Lookbehind(Forms):
         ValueError: an argument or a parameter is not acceptable; the message names it, what was expected and what came.
     """
 
-    GROUP = GROUP_DEFAULTS
+    GROUP: ClassVar[dict[str, Any]] = GROUP_DEFAULTS
     """What a parameter group has, where nothing else is given, beside the base optimizer's own settings."""
+
+    @overload
+    def __init__(
+        self,
+        params: ParamsT,
+        base_optimizer: type[Optimizer],
+        *,
+        rho: float | None = ...,
+        k: int = ...,
+        alpha: float | str = ...,
+        alpha_scope: str = ...,
+        rho_scope: str = ...,
+        adaptive: bool | None = ...,
+        eta: float | None = ...,
+        reuse_gradient: bool = ...,
+        ascent_gradient: str = ...,
+        microbatches: int = ...,
+        max_grad_norm: float | None = ...,
+        nonfinite: str = ...,
+        scaler: GradScaler | None = ...,
+        loss_scale: float | Tensor = ...,
+        closure: Callable[..., Any] | None = ...,
+        same_randomness: bool = ...,
+        ascents: str = ...,
+        buffers_at_slow: nn.Module | None = ...,
+        model: nn.Module | None = ...,
+        backend: str = ...,
+        **base_kwargs: Any,
+    ) -> None: ...
+
+    @overload
+    def __init__(self, params: ParamsT | None, base_optimizer: Optimizer, **settings: Unpack[OfLookbehind]) -> None: ...
 
     def __init__(
         self,
@@ -242,7 +280,7 @@ class Lookbehind(Forms):
     # ---- one optimizer with its base ----
 
     @property
-    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+    def param_groups(self) -> list[dict[str, Any]]:
         """The base optimizer's own parameter groups."""
         return self.base_optimizer.param_groups
 
@@ -251,12 +289,12 @@ class Lookbehind(Forms):
         self.base_optimizer.param_groups = value
 
     @property
-    def state(self) -> dict[Tensor, Any]:  # type: ignore[override]
+    def state(self) -> defaultdict[Tensor, Any]:
         """The base optimizer's own state."""
         return self.base_optimizer.state
 
     @state.setter
-    def state(self, value: dict[Tensor, Any]) -> None:
+    def state(self, value: defaultdict[Tensor, Any]) -> None:
         self.require_closed("state")
         self.base_optimizer.state = value
 

@@ -22,6 +22,11 @@ from .shards import Ranks, placement, shard, spread_of
 from .tensors import check_parameters, describe, layout, params_and_names, tensors_of, trained
 from .watch import Watch
 
+Members = dict[tuple[Any, ...], list[tuple[Member, int]]]
+"""By what is the same in a bucket, its tensors, each with the number of its group."""
+Numbers = tuple[list[tuple[Any, ...]], Settings, int, Any]
+"""What ``hyper`` is made of: the groups' values, settings, how many gradients a mean is of, and the loss's scale."""
+
 
 class Prepared:
     """The buckets and norms of an optimizer.
@@ -47,10 +52,10 @@ class Prepared:
         self.late: set[int] = set()
         self._watch: Watch | None = None
         self._backend = ""
-        self._found: list[tuple] = []  # tensors and what decides in which bucket they are
+        self._found: list[tuple[Any, ...]] = []  # tensors and what decides in which bucket they are
         self._groups: list[dict[str, Any]] = []
         self._bound: tuple[Program, Settings] | None = None  # what the calls have been bound for
-        self._numbers: tuple | None = None  # what ``hyper`` has been made of
+        self._numbers: Numbers | None = None  # what ``hyper`` has been made of
 
     def for_step(self, program: Program, settings: Settings, loss_scale: float | Tensor, backend: str) -> None:
         """Bring everything up to date.
@@ -60,15 +65,16 @@ class Prepared:
             TypeError, ValueError: a group's settings, a parameter, the base's state or the backend is not acceptable.
         """
         hooks = self.base._optimizer_step_pre_hooks, self.base._optimizer_step_post_hooks
-        if self.rule is not NO_RULE and max(map(len, hooks)) > 1:  # one is ours: leftovers.note_when_stepped
+        if (
+            self.rule is not NO_RULE and max(len(hooks[0]), len(hooks[1])) > 1
+        ):  # one is ours: leftovers.note_when_stepped
             raise RuntimeError(
                 f"base_optimizer: its step() is never called, since {type(self.base).__name__} is fused, so its step "
                 "hooks would not run; expected none, register them on Lookbehind"
             )
         watch = self._watch
         if watch is None or backend != self._backend or not watch.same_tensors(self.base.param_groups):
-            self._follow(backend)
-            watch = self._watch
+            watch = self._follow(backend)
         if (program, settings) != self._bound:
             self._bind(program, settings)
         if self.norms.ranks is not None:
@@ -96,7 +102,8 @@ class Prepared:
 
     def see_state(self) -> None:
         """State of the buckets' own has appeared in the base's."""
-        self._watch.see_state(self.base.state)
+        if self._watch is not None:
+            self._watch.see_state(self.base.state)
 
     def read_again(self) -> None:
         """Whatever the buckets have of the base's state and settings, they are to take from there."""
@@ -113,7 +120,7 @@ class Prepared:
     def _trains(self, p: Tensor) -> bool:
         return trained(p) or id(p) in self.late
 
-    def _follow(self, backend: str) -> None:
+    def _follow(self, backend: str) -> Watch:
         """Tensors, groups, or what decides which bucket a tensor is in, may have changed."""
         groups = self.base.param_groups
         self._watch = None
@@ -136,7 +143,8 @@ class Prepared:
         self.elsewhere.follow(params, names)
         self.untrained = [p for p in params if not self._trains(p)]
         # Last: what an interrupt leaves half done is done again.
-        self._watch = Watch(groups, self.rule, self.keys, self.untrained)
+        self._watch = watch = Watch(groups, self.rule, self.keys, self.untrained)
+        return watch
 
     def _require_same_shapes(self) -> None:
         """What was given another dtype or device goes on there, with the state that it has, as with torch.optim."""
@@ -154,9 +162,9 @@ class Prepared:
                         "the changed model"
                     )
 
-    def _members(self, names: list[str]) -> dict[tuple, list[tuple[Member, int]]]:
+    def _members(self, names: list[str]) -> Members:
         """By what is the same in a bucket, its tensors, each with the number of its group."""
-        members: dict[tuple, list[tuple[Member, int]]] = {}
+        members: Members = {}
         index = count()
         for number, group in enumerate(self.base.param_groups):
             switches = self.rule.id(group), self.rule.flags(group), self.rule.derives(group)
@@ -173,10 +181,11 @@ class Prepared:
             )
         return members
 
-    def _build(self, members: dict[tuple, list[tuple[Member, int]]], backend: str) -> None:
+    def _build(self, members: Members, backend: str) -> None:
         if self.rule is NO_RULE:
             require_no_other_hold(self.base, tensors_of(self.base.param_groups))
-        groups, built = self.base.param_groups, []
+        groups = self.base.param_groups
+        built: list[Bucket] = []
         for (device, _, adaptive, *_), of_kind in members.items():
             own = {f"param_groups[{number}]": groups[number] for _, number in of_kind}
             backend_of_device = kernels.resolve(backend, device)
@@ -205,7 +214,7 @@ class Prepared:
             )
         self._bound = program, settings
 
-    def _read_numbers(self, now: tuple, loss_scale: float | Tensor) -> None:
+    def _read_numbers(self, now: Numbers, loss_scale: float | Tensor) -> None:
         """Bring the buckets' numbers up to date with the groups, the settings and what else they are made of."""
         if now != self._numbers:
             values, settings, gathered, _ = now
@@ -218,7 +227,7 @@ class Prepared:
                 bucket.hyper[:, Hyper.UNSCALE] = loss_scale.detach().reshape(()).double().reciprocal()
 
 
-def _same(a: list, b: list) -> bool:
+def _same(a: Any, b: Any) -> bool:
     """Whether two lists hold the same: tensors and groups by identity, all else by value."""
     if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
         return len(a) == len(b) and all(map(_same, a, b))

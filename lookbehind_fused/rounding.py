@@ -99,7 +99,7 @@ def effective_perturbation(
         eps = rho * T**2 * g / (norm + NORM_EPSILON)
         read_in = dtype if p in is_cast else p.dtype
         before, after = (x.to(p.dtype).to(read_in).double() for x in (w, w + eps))
-        changed += (after != before).sum().item()
+        changed += int((after != before).sum())
         sums += alignment(after - before, eps).cpu()
     product, seen, meant = sums.tolist()
     if meant == 0:

@@ -38,6 +38,8 @@ class LambdaSchedule(LRScheduler):
         ValueError: a schedule gave what rho or alpha cannot be; nothing is changed.
     """
 
+    optimizer: Lookbehind | Lookahead
+
     def __init__(
         self,
         optimizer: Lookbehind | Lookahead,
@@ -90,7 +92,8 @@ class LambdaSchedule(LRScheduler):
                 f"param_groups: expected the {len(self.initial_rho)} groups that there were when LambdaSchedule was "
                 f"made, got {len(groups)}"
             )
-        rhos, alpha = [group[self.keys.rho] for group in groups], self.optimizer.alpha
+        rhos = [group[self.keys.rho] for group in groups]
+        alpha: Any = self.optimizer.alpha
         try:
             if self.rho is not None:
                 factor = self.rho(steps)

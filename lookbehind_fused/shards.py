@@ -100,7 +100,7 @@ def any_of(x: Tensor) -> bool:
     return bool((x != 0).sum().full_tensor()) if is_sharded(x) else bool(x.any())  # type: ignore[attr-defined]
 
 
-def placement(p: Tensor) -> tuple | None:
+def placement(p: Tensor) -> tuple[Any, ...] | None:
     """How a tensor is spread over ranks, in words that all of these have in common; None for a plain one."""
     if not is_sharded(p):
         return None

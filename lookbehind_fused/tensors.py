@@ -22,6 +22,9 @@ ROUNDED = (torch.bfloat16, torch.float16)
 """Dtypes of parameters that are the rounded image of what is computed in float32."""
 
 
+Layout = tuple[torch.Size, torch.dtype, torch.device, tuple[int, ...]]
+
+
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """In which parameters of a dtype are computed, and their buffers are kept."""
     return torch.float64 if dtype == torch.float64 else torch.float32
@@ -48,7 +51,8 @@ def params_and_names(groups: Iterable[dict[str, Any]], before: int = 0) -> tuple
     """All parameters of groups in their order, and what each is called in messages; ``before``: how many parameters the
     optimizer has before these groups.
     """
-    params, names = [], []
+    params: list[Tensor] = []
+    names: list[str] = []
     for group in groups:
         known = group.get("param_names") or [None] * len(group["params"])
         for p, name in zip(group["params"], known, strict=True):
@@ -69,7 +73,8 @@ def parameters_of(model: torch.nn.Module) -> list[Tensor]:
     named = list(model.named_parameters())
     if not named:
         raise ValueError("model: expected a module with parameters, got one with none")
-    params, names = [p for _, p in named], [name_of(i, name, p) for i, (name, p) in enumerate(named)]
+    params: list[Tensor] = [p for _, p in named]
+    names = [name_of(i, name, p) for i, (name, p) in enumerate(named)]
     check_parameters(params, names)
     for p, name in zip(params, names, strict=True):
         if shards.is_sharded(p):
@@ -158,7 +163,7 @@ def memory_order(x: Tensor) -> tuple[int, ...] | None:
     return tuple(stride for stride, _ in sizes_and_strides)
 
 
-def layout(p: Tensor) -> tuple:
+def layout(p: Tensor) -> Layout:
     """Shape, dtype, device and strides of a tensor."""
     return p.shape, p.dtype, p.device, p.stride() if p.layout == torch.strided else ()
 

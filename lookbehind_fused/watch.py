@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from .arguments import Keys
+from .kernels.contract import RuleId
 from .rules import Rule
 from .shards import any_sharded, shards
 from .tensors import tensors_of, trained
@@ -18,7 +19,7 @@ from .tensors import tensors_of, trained
 _members, _kind = itemgetter("params"), attrgetter("dtype", "device")
 
 
-def _switches(group: Mapping[str, Any], rule: Rule) -> tuple:
+def _switches(group: Mapping[str, Any], rule: Rule) -> tuple[RuleId, int, bool]:
     """What another kind of bucket is for."""
     return rule.id(group), rule.flags(group), rule.derives(group)
 

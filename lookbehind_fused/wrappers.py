@@ -6,7 +6,7 @@ The wrappers of Lightning and Fabric take on the optimizer's class, so that its 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch.optim import Optimizer
 
@@ -17,11 +17,13 @@ INSIDE = "_optimizer"
 class Wrappable(Optimizer):
     """An optimizer none of whose attributes comes to lie on a wrapper around it."""
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        if self._is_inside(name):
-            setattr(self.__dict__[INSIDE], name, value)
-        else:
-            super().__setattr__(name, value)
+    if not TYPE_CHECKING:  # for whom any name could then be set
+
+        def __setattr__(self, name: str, value: Any) -> None:
+            if self._is_inside(name):
+                setattr(self.__dict__[INSIDE], name, value)
+            else:
+                super().__setattr__(name, value)
 
     def __delattr__(self, name: str) -> None:
         if self._is_inside(name):

@@ -241,7 +241,8 @@ class AuthorsForm:
     @property
     def rho(self) -> float:
         """Radius of one ascent step."""
-        return self.param_groups[0][self._keys.rho]
+        rho: float = self.param_groups[0][self._keys.rho]
+        return rho
 
     @rho.setter
     def rho(self, value: float) -> None:
@@ -250,7 +251,8 @@ class AuthorsForm:
     @property
     def eta(self) -> float:
         """ASAM's stabilizer."""
-        return self.param_groups[0][self._keys.eta]
+        eta: float = self.param_groups[0][self._keys.eta]
+        return eta
 
     @eta.setter
     def eta(self, value: float) -> None:
@@ -263,7 +265,7 @@ class AuthorsForm:
             group.update(self._keys.named(setting))
 
 
-class StepState(Mapping):
+class StepState(Mapping[Tensor, dict[str, Tensor]]):
     """For each parameter of the optimizer a dict of copies, made when it is read; writing to them changes nothing.
 
     ``eps``: the perturbation, current weights minus slow ones, while there is one. ``cached_slow_params`` (Lookbehind
@@ -360,7 +362,8 @@ class LookbehindForm(AuthorsForm):
     @property
     def alpha(self) -> float:
         """Slow step size; -1 for an adaptive one."""
-        return -1 if self._lookbehind.alpha == "adaptive" else self._lookbehind.alpha
+        alpha = self._lookbehind.alpha
+        return -1 if isinstance(alpha, str) else alpha
 
     @alpha.setter
     def alpha(self, value: float) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numbers
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import closing
 from typing import Any
 
@@ -68,14 +68,15 @@ class SingleFileSAM(SAM):
             raise wrong("perturb_eps", "a number in [0, 1e-8]", perturb_eps, (numbers.Real,))
         refuse(self, settings, "microbatches", "ascent_gradient")
         self.use_gc = use_gc
-        super().__init__(params, base_optimizer, rho, adaptive, eta=eta, model=model, **settings)
+        base: Any = base_optimizer  # of either kind
+        super().__init__(params, base, rho, adaptive, eta=eta, model=model, **settings)
 
     @property
     def optimizer(self) -> Optimizer:
         """The base optimizer."""
         return self.base_optimizer
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Ascend with the gradients that are there, clear them, call ``closure`` at the perturbed weights, and descend.
 
         Args:
@@ -110,14 +111,14 @@ class SingleFileSAM(SAM):
             self.abort_step()  # what has not come to its end
         return value
 
-    step.hooked = True  # torch is not to run the step hooks too, which the two halves do
+    step.__dict__["hooked"] = True  # torch is not to run the step hooks too, which the two halves do
 
     def ascent_step(self) -> None:
         """As ``Lookbehind.ascent_step``, with the gradients centralised first under ``use_gc``."""
         self._centralise()
         super().ascent_step()
 
-    def evaluations(self, *, apply: bool = True) -> Iterator[Evaluation]:
+    def evaluations(self, *, apply: bool = True) -> Generator[Evaluation, None, None]:
         """As ``Lookbehind.evaluations``, with the gradients of an ascent centralised first under ``use_gc``."""
         with closing(super().evaluations(apply=apply)) as evaluations:
             for evaluation in evaluations:

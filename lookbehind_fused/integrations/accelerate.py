@@ -48,7 +48,7 @@ def connect(accelerated: Any) -> Any:
     if accelerated.scaler is not None:
         inside.scaler = accelerated.scaler
 
-    def tell(optimizer: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+    def tell(optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         may_be_undone = optimizer.scaler is not None or optimizer.nonfinite == "skip"
         skipped = may_be_undone and bool(optimizer.diagnostics.get("skipped", True))
         accelerated._accelerate_step_called = not skipped  # which Accelerate looks at where there is a scaler

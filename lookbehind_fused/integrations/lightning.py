@@ -74,7 +74,7 @@ class WholeSteps(Callback):
         """The microbatch at hand is the first of its step."""
         del self._batches[:-1]
 
-    def _begin(self, optimizer: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+    def _begin(self, optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Before a step: Lightning's closure, which runs the last microbatch, becomes one that runs all of them. With a
         scaler there is none, and gradients of evaluation 0 are there.
         """
@@ -107,7 +107,7 @@ class WholeSteps(Callback):
         strategy = trainer.strategy
         unsynced = getattr(strategy, "block_backward_sync", nullcontext)
         takes = len(inspect.signature(pl_module.training_step).parameters)
-        pl_module.log = _log_nothing  # type: ignore[method-assign]
+        pl_module.log = _log_nothing
         try:
             for number, batch_and_index in enumerate(self._batches, 1):
                 with nullcontext() if number == len(self._batches) else unsynced():

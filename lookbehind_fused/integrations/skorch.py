@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from skorch.utils import TeeGenerator
 from torch import Tensor
 
+if TYPE_CHECKING:  # what it is mixed into
+    from skorch import NeuralNet as Mixed
+else:
+    Mixed = object
 
-class WholeSteps:
+
+class WholeSteps(Mixed):
     """A mix-in of ``skorch.NeuralNet`` whose steps take the mean over ``accumulation`` batches, with ``Lookbehind`` and
     its family as the net's one optimizer::
 
@@ -30,18 +35,19 @@ class WholeSteps:
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
         """No step is begun."""
-        super().on_train_begin(*args, **kwargs)  # type: ignore[misc]
+        super().on_train_begin(*args, **kwargs)
         self._batches: list[Any] = []
 
     def get_loss(self, *args: Any, training: bool = False, **kwargs: Any) -> Tensor:
         """The net's own; in training its share of the mean over the batches of a step."""
-        loss = super().get_loss(*args, training=training, **kwargs)  # type: ignore[misc]
+        loss: Tensor = super().get_loss(*args, training=training, **kwargs)
         return loss / self.accumulation if training and self.accumulation > 1 else loss
 
     def train_step(self, batch: Any, **fit_params: Any) -> dict[str, Any]:
         """Evaluation 0 of a batch, and with the last one of a step all other evaluations of the step."""
         if self.accumulation == 1:
-            return super().train_step(batch, **fit_params)  # type: ignore[misc]
+            alone: dict[str, Any] = super().train_step(batch, **fit_params)
+            return alone
         optimizer, batches = self.optimizer_, self._batches
         if not batches:
             optimizer.zero_grad()

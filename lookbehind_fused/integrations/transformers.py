@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .accelerate import connect
 
+if TYPE_CHECKING:  # what it is mixed into
+    from transformers import Trainer as Mixed
+else:
+    Mixed = object
 
-class WholeSteps:
+
+class WholeSteps(Mixed):
     """A mix-in of ``transformers.Trainer`` that has ``Lookbehind`` and its family take all gradients of a step::
 
         class SharpnessAwareTrainer(WholeSteps, Trainer):
@@ -22,9 +27,11 @@ class WholeSteps:
     any other optimizer it does nothing.
     """
 
+    _samples_and_items: tuple[list[Any], Any]
+
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
         """The microbatches of the next step and the number of items in them, as the trainer's own."""
-        self._samples_and_items = super().get_batch_samples(*args, **kwargs)  # type: ignore[misc]
+        self._samples_and_items = super().get_batch_samples(*args, **kwargs)
         optimizer = connect(self.optimizer)
         if hasattr(optimizer, "closure"):
             optimizer.closure = self._evaluate_again

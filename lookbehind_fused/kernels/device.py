@@ -30,7 +30,7 @@ COLUMNS = Column.ADDRESS + 1  # of ``table``, that kernels are given
 
 # prepare(kernel, plan, dtype, arguments): a launch, to be called again and again. A kernel takes of the arguments those
 # that it has. ``dtype`` is the parameters'.
-Launch = Callable[[], None]
+Launch = Callable[[], Any]
 Prepare = Callable[[str, "Plan", torch.dtype, dict[str, Any]], Launch]
 
 
@@ -204,7 +204,7 @@ def bind(
 
 def _plan_of(table: Tensor, params: Sequence[Tensor]) -> Plan | None:
     """That of the last call with this table, or a new one; None where there are no parameters."""
-    plan = PLANS.get(table)
+    plan: Plan | None = PLANS.get(table)
     if params and (plan is None or len(plan.sizes) != len(params) or plan.device != params[0].device):
         plan = PLANS[table] = Plan(table, params)
     return plan
@@ -253,7 +253,7 @@ def _kernels(name: str, given: Mapping[str, Any], plan: Plan) -> Iterator[tuple[
         common["numbers"] = hyper.size(1)
     if name == "reduce_sq_norm" or given.get("row", -1) >= 0:
         at_slow = name == "ascend" and given["slow"] is not None
-        out = {"out": sq_norms[given["row"]], "perturbed": None if at_slow else given["perturbed"]}
+        out = {"out": given["sq_norms"][given["row"]], "perturbed": None if at_slow else given["perturbed"]}
         yield "reduce_sq_norm", {**common, **out}
     if name.startswith("descend"):
         yield name, {**common, **_descent(name, given)}

@@ -336,16 +336,20 @@ def _descend(
     table: Tensor,
     descent: _Descent,
 ) -> None:
+    source = _required("fast", fast if fast_from is None else fast_from)
     for param, grad, place in zip(params, grads, _places(params, table), strict=True):
-        _, moved = descent(_other(fast_from, fast)[place.span], param, grad, place)
+        _, moved = descent(source[place.span], param, grad, place)
         if fast is not None:
             writes.add(fast[place.span], moved)
 
 
 # ---- update rules: base_optimizer(fast, g) ---------------------------------------------------------------------------
 
+Updated = tuple[Tensor, Sequence[Tensor]]
+"""New weights and state."""
 
-def sgd(w: Tensor, g: Tensor, state: Sequence[Tensor], step: int, hyper: Numbers, flags: int):
+
+def sgd(w: Tensor, g: Tensor, state: Sequence[Tensor], step: int, hyper: Numbers, flags: int) -> Updated:
     """torch.optim.SGD. ``step`` counts this tensor's updates from 1; at the first the momentum is the gradient."""
     lr, momentum, weight_decay = hyper["lr"], hyper["momentum"], hyper["weight_decay"]
     if flags & Flag.MAXIMIZE:
@@ -366,7 +370,7 @@ def sgd_by_state(w: Tensor, state: Sequence[Tensor], step: int, hyper: Numbers, 
     return w.add(state[0], alpha=-hyper["lr"])
 
 
-def adam(w: Tensor, g: Tensor, state: Sequence[Tensor], step: int, hyper: Numbers, flags: int):
+def adam(w: Tensor, g: Tensor, state: Sequence[Tensor], step: int, hyper: Numbers, flags: int) -> Updated:
     """torch.optim.Adam (Kingma and Ba 2015, algorithm 1) and AdamW (Loshchilov and Hutter 2019)."""
     beta1, beta2, weight_decay = hyper["beta1"], hyper["beta2"], hyper["weight_decay"]
     if flags & Flag.MAXIMIZE:
@@ -392,7 +396,7 @@ def adam_by_state(w: Tensor, state: Sequence[Tensor], step: int, hyper: Numbers,
     return w.addcdiv(state[0], denominator, value=-lr / (1 - beta1**step))
 
 
-def none(w: Tensor, g: Tensor, state: Sequence[Tensor], step: int, hyper: Numbers, flags: int):
+def none(w: Tensor, g: Tensor, state: Sequence[Tensor], step: int, hyper: Numbers, flags: int) -> Updated:
     """The base optimizer is not fused: its own ``step()`` has moved ``fast`` already."""
     return w, state
 
@@ -431,7 +435,7 @@ class _Descent:
         self.numbers = hyper.tolist()
         self.own = [dict(zip(names, numbers[Hyper.OF_RULE :], strict=False)) for numbers in self.numbers]
         self.scales = [self._scale(sq_norms, group) for group in hyper]
-        self.moves = finite(sq_norms) if flags & Flag.SKIPS else None
+        self.moves = finite(_required("sq_norms", sq_norms)) if flags & Flag.SKIPS else None
         self.takes_place = self.moves is None or bool(self.moves)
 
     @staticmethod
@@ -442,7 +446,7 @@ class _Descent:
 
     def __call__(
         self, fast: Tensor, param: Tensor, grad: Tensor | None, place: _Place, slow: Tensor | None = None
-    ):  # fmt: skip
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """The fast weights before and after. The last descent of a step is given ``slow``: where it does not move, the
         step has not taken place, so that the fast weights are the slow ones, and state and steps stay.
         """
@@ -455,7 +459,8 @@ class _Descent:
         else:
             scale = self.scales[place.group]
             g = _gradient(grad, param) if scale is None else _gradient(grad, param) * scale
-            moved, new = self.rule(fast, g, old, int(step) + 1, hyper, self.flags)
+            moved, state = self.rule(fast, g, old, int(step) + 1, hyper, self.flags)
+            new = [*state]
             step = step + 1
             if self.moves is not None and slow is None:
                 step = step - 1 + self.moves.to(step.device)
@@ -486,7 +491,7 @@ def gradient_scale(sq_norms: Tensor | None, max_grad_norm: float | None, unscale
     """
     if max_grad_norm is None:
         return unscale
-    norm = total_norm(sq_norms, 1)
+    norm = total_norm(_required("sq_norms", sq_norms), 1)
     if unscale is None:
         return (max_grad_norm / (norm + CLIP_EPSILON)).clamp(max=1.0)
     unscale = unscale.to(norm.device)
@@ -565,5 +570,11 @@ def _gradient(grad: Tensor, param: Tensor) -> Tensor:
     return vector(grad).to(torch.float64 if param.dtype == torch.float64 else torch.float32)
 
 
-def _other(source: Tensor | None, target: Tensor | None) -> Tensor | None:
+def _other(source: Tensor | None, target: Tensor) -> Tensor:
     return target if source is None else source
+
+
+def _required(name: str, x: Tensor | None) -> Tensor:
+    if x is None:
+        raise RuntimeError(f"{name}: expected a tensor, got None")
+    return x

@@ -88,7 +88,7 @@ WRITTEN = {
 
 
 def _left_out(arguments: Sequence[Any]) -> dict[str, Any]:
-    of_kind = {"OptionalType": None, "ListType": []}
+    of_kind: dict[str, Any] = {"OptionalType": None, "ListType": []}
     found = {a.name: of_kind[a.type.kind()] for a in arguments if a.type.kind() in of_kind}
     return {**found, "row": -1}
 

@@ -41,9 +41,10 @@ def serves(device: torch.device) -> bool:
     if triton.knobs.runtime.interpret:
         return True
     try:
-        return triton.runtime.driver.active.get_active_torch_device().type == device.type
+        active: torch.device = triton.runtime.driver.active.get_active_torch_device()
     except RuntimeError:  # there is no driver
         return False
+    return active.type == device.type
 
 
 def _prepare(name: str, plan: device.Plan, dtype: torch.dtype, arguments: dict[str, Any]) -> device.Launch:

@@ -50,12 +50,13 @@ class BuffersAtSlow(Part):
     def commit(self) -> None:
         """They are what the evaluations at the slow weights have left."""
         put_back(self.kept)
-        if self.happens is not None:
+        happens = self.happens
+        if isinstance(happens, Tensor):
             with torch.no_grad():
                 for module, name, _, value in self.at_first or ():
                     now = module._buffers.get(name)
                     if now is not None and value is not None:
-                        now.copy_(torch.where(self.happens.to(now.device), now, value))
+                        now.copy_(torch.where(happens.to(now.device), now, value))
 
     def rollback(self) -> None:
         """They are what they were at first."""
@@ -76,7 +77,7 @@ def put_back(copies: list[Copy]) -> None:
     for module, name, buffer, value in copies:
         if name in module._buffers and module._buffers[name] is not buffer:
             module._buffers[name] = buffer
-        if buffer is not None:
+        if buffer is not None and value is not None:
             buffer.detach().copy_(value)
 
 

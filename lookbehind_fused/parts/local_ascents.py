@@ -39,10 +39,8 @@ class LocalAscents(Part):
     """
 
     def __init__(self, model: nn.Module | None) -> None:
-        ddp = sys.modules.get("torch.nn.parallel")
-        self.modules: list[Any] = [
-            m for m in ([] if model is None else model.modules()) if isinstance(m, ddp.DistributedDataParallel)
-        ]
+        kind = getattr(sys.modules.get("torch.nn.parallel"), "DistributedDataParallel", ())
+        self.modules: list[Any] = [m for m in ([] if model is None else model.modules()) if isinstance(m, kind)]
         if not self.modules:
             came = "None" if model is None else type(model).__name__
             raise ValueError(
@@ -156,7 +154,7 @@ class LocalAscents(Part):
     def rollback(self) -> None:
         """The module is as it was; what is under way ends in memory that nobody reads."""
         self._give_back()
-        if self._pending:
+        if self._pending and self._prepared is not None:
             self._prepared.forget(self._pending)
             self._pending = {}
         self._digest = None

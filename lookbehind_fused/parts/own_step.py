@@ -38,6 +38,10 @@ class Lent(NamedTuple):
     other: Tensor | None
 
 
+Copies = dict[str, tuple[Any, Any]]
+"""Each value beside a copy of it."""
+
+
 class OwnStep(Part):
     """Runs ``base.step()``; has copies of the base's state and settings to put back.
 
@@ -48,7 +52,7 @@ class OwnStep(Part):
     def __init__(self, base: Optimizer, settings: Settings, loss_scale: float | Tensor) -> None:
         self.base, self.settings = base, settings
         self.unscales = isinstance(loss_scale, Tensor) or loss_scale != 1
-        self.before: list[tuple[Optimizer, dict[Tensor, dict], list[dict]]] = []
+        self.before: list[tuple[Optimizer, dict[Tensor, Copies], list[Copies]]] = []
         self.lent: list[Lent] = []
 
     def run(self, call: Call, gathered: Sequence[Sequence[Tensor | None]], buckets: list[Bucket]) -> None:
@@ -97,7 +101,7 @@ class OwnStep(Part):
                     swap(p, lent.other)
                     continue
                 here.data = fast
-                if (p.grad if here is p else shard(p.grad)) is not grad:
+                if p.grad is None or (p.grad if here is p else shard(p.grad)) is not grad:
                     p.grad = whole(grad, p)
             with torch.enable_grad():
                 self.base.step()
@@ -144,7 +148,7 @@ def _with_inner(base: Optimizer) -> list[Optimizer]:
     return [base, *(value for value in vars(base).values() if isinstance(value, Optimizer))]
 
 
-def _with_copies(entry: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+def _with_copies(entry: Mapping[str, Any]) -> Copies:
     """Each value beside a copy of it; the list of parameters is left out."""
     return {
         key: (value, value.detach().clone() if isinstance(value, Tensor) else deepcopy(value))
@@ -167,7 +171,7 @@ def require_no_other_hold(base: Optimizer, params: Sequence[Tensor]) -> None:
     Raises:
         ValueError: an attribute or the state of the base has another tensor in the memory of a parameter.
     """
-    known = {id(shard(p)) for p in params} | {id(shard(p.grad)) for p in params}
+    known = {id(shard(p)) for p in params} | {id(shard(p.grad)) for p in params if p.grad is not None}
     memory = {p.untyped_storage().data_ptr() for p in shards(params) if p.numel()}
     for optimizer in _with_inner(base):
         for name, value in vars(optimizer).items():

@@ -39,13 +39,14 @@ class PreviousGradients(Part):
         grads = {p: p.grad for p in self.params if p.grad is not None}
         if any_sharded(grads):
             grads = {p: placed_like(g, p) for p, g in grads.items()}
-        kept = {p: self.kept.get(p) for p in grads}
+        kept = {}
         for p, g in grads.items():
-            if kept[p] is None or layout(kept[p]) != layout(g):
-                kept[p] = torch.empty_like(g)
-        if self.happens is not None:  # else they would be used by the next step
+            old = self.kept.get(p)
+            kept[p] = torch.empty_like(g) if old is None or layout(old) != layout(g) else old
+        happens = self.happens
+        if isinstance(happens, Tensor):  # else they would be used by the next step
             where = [
-                torch.where(self.happens.to(g.device), g, torch.zeros_like(g) if self.kept.get(p) is None else old)
+                torch.where(happens.to(g.device), g, torch.zeros_like(g) if self.kept.get(p) is None else old)
                 for p, g, old in zip(grads, shards(grads.values()), shards(kept.values()), strict=True)
             ]
             grads = dict(zip(grads, where, strict=True))
