@@ -148,7 +148,7 @@ def note_when_stepped(base: Optimizer) -> None:
 
 
 def _before_step(base: Optimizer, *_: Any) -> None:
-    now = NOW.get(id(base.param_groups[0]["params"][0]))
+    now = NOW.get(id(next((p for group in base.param_groups for p in group["params"]), None)))
     if now is not None and now.open is not None and not now.open.runs_base:
         raise RuntimeError(
             f"{type(base).__name__}.step(): expected no open step, since Lookbehind moves the weights with each "

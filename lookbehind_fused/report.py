@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import importlib.util
 import platform
@@ -53,7 +54,8 @@ def memory_of(optimizer: Loop) -> dict[str, int]:
     sizes: Counter[str] = Counter()
     prepared, norms = optimizer._prepared, None
     for bucket in prepared.buckets:
-        states, means = bucket.state_names, bucket.program.means
+        bound = bucket.key is not None  # else what it was made for has been refused
+        states, means = bucket.state_names, bucket.program.means if bound else ()
         uses = {**dict.fromkeys(states, "state"), **dict.fromkeys(map(working, states), "working state")}
         uses |= dict.fromkeys(means, "means")
         for name, buffer in bucket.buffers.items():
@@ -63,7 +65,7 @@ def memory_of(optimizer: Loop) -> dict[str, int]:
         if bucket.rule.counted:
             sizes["state"] += size_of(bucket.counts["steps"])
             sizes["tables"] -= size_of(bucket.counts["steps"])
-        norms = bucket.norms
+        norms = bucket.norms if bound else norms
     if norms is not None:
         sizes["tables"] += sum(map(size_of, norms.tensors))
     if prepared.buckets and prepared.rule is NO_RULE:
@@ -100,9 +102,9 @@ def show_backends() -> None:
     what helps.
     """
     runtime = f"ROCm {torch.version.hip}" if torch.version.hip else f"CUDA {torch.version.cuda or 'none'}"
-    found = importlib.util.find_spec("triton") is not None
+    triton = importlib.import_module("triton").__version__ if importlib.util.find_spec("triton") else "none"
     print(f"lookbehind_fused {version()}, Python {platform.python_version()}, {platform.platform()}")
-    print(f"torch {torch.__version__}, {runtime}, Triton {importlib.metadata.version('triton') if found else 'none'}")
+    print(f"torch {torch.__version__}, {runtime}, Triton {triton}")
     print(f"device cpu: {torch.get_num_threads()} threads")
     devices = ["cpu"]
     for i in range(torch.cuda.device_count()):

@@ -416,3 +416,38 @@ def test_a_base_that_takes_anything_says_itself_what_it_refuses() -> None:
     with pytest.raises(TypeError, match="^expected a rate, got {'lr': 0.1}"):
         Lookbehind(user.params, Own, lr=0.1)
     assert Lookbehind(user.params, Own, rate=0.25).param_groups[0]["lr"] == 0.25
+
+
+def steps_base_in_a_loop(optimizer: Lookbehind, user: User) -> None:
+    for _ in optimizer.evaluations():
+        user.closure()
+        optimizer.base_optimizer.step()
+
+
+def steps_base_in_a_pair(optimizer: Lookbehind, user: User) -> None:
+    user.closure()
+    optimizer.ascent_step()
+    optimizer.base_optimizer.step()
+
+
+@pytest.mark.parametrize("mistake", [steps_base_in_a_loop, steps_base_in_a_pair])
+@pytest.mark.parametrize("base", [SGD, torch.optim.RMSprop])
+def test_the_base_may_be_stepped_between_steps_alone(
+    base: type[torch.optim.Optimizer], mistake: Callable[[Lookbehind, User], None]
+) -> None:
+    """One with a rule, and one whose own ``step()`` runs within ours; in an empty first group there is no tensor."""
+    user = User()
+    own = base([{"params": []}, {"params": user.params}], lr=0.01)
+    optimizer = Lookbehind(None, own, k=1)
+    before = [p.detach().clone() for p in user.params]
+    with pytest.raises(RuntimeError, match=rf"^{base.__name__}\.step\(\): expected no open step"):
+        mistake(optimizer, user)
+    optimizer.abort_step()
+    assert all(torch.equal(p, w) for p, w in zip(user.params, before, strict=True))
+    assert not own.state
+    optimizer.zero_grad()
+    own.step()
+    assert all(torch.equal(p, w) for p, w in zip(user.params, before, strict=True))
+    optimizer.step(user.closure)
+    own.step()
+    assert not torch.equal(user.params[-1], before[-1])

@@ -137,6 +137,14 @@ def test_memory_of_16_bits_and_of_lookahead() -> None:
     assert rounded.memory()["perturbed"] == rounded.memory()["slow"] == BYTES
 
 
+def test_an_optimizer_that_was_refused_can_be_looked_at() -> None:
+    """Its buckets are made, and bound for nothing."""
+    optimizer = stepped(built())
+    optimizer._prepared.buckets[0].key = None
+    assert optimizer.memory()["slow"] == COPY
+    assert "buckets: 1" in lines(optimizer)
+
+
 def test_memory_is_that_of_storages() -> None:
     """No part of the buffers of a real model is left out: their sizes with the padding."""
     model = nn.Sequential(nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5), nn.Linear(7, 11))
