@@ -567,6 +567,7 @@ def test_refused_buffers_of_low_precision(key: str) -> None:
         native.ascend(**spoiled(case, key, lambda x: x.bfloat16()))
 
 
+@pytest.mark.filterwarnings("ignore:Warning. Profiler clears events")  # older torch says so of every profile
 def test_the_profiler_shows_the_passes() -> None:
     params = [nn.Parameter(torch.ones(5)), nn.Parameter(torch.ones(3, dtype=torch.float64))]
 
