@@ -1,4 +1,4 @@
-"""Build script: the native kernels, and those for GPUs. All that needs no code is in pyproject.toml."""
+"""Build script: the native kernels, and those for GPUs. All that every setuptools reads is in pyproject.toml."""
 
 import os
 import re
@@ -6,47 +6,44 @@ import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from setuptools import setup
-from torch.utils.cpp_extension import BuildExtension, CppExtension
+from setuptools import __version__, setup
+from torch.utils.cpp_extension import BuildExtension, CppExtension, get_cxx_compiler
 
+# The oldest torch that pyproject.toml allows. What is built for its stable ABI serves it and all later ones.
+TARGET = f"-DTORCH_TARGET_VERSION=0x{2:02x}{10:02x}{0:012x}"
 # rules.h says what is fused. Were floating-point operations to trap, no choice between two results would be vectorised.
 FLAGS = ["-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off", "-fvisibility=hidden"]
 WARNINGS = ["-Wall", "-Wno-unknown-pragmas"]
 ARCHITECTURES = "8.0;9.0;10.0+PTX"  # of GPUs; the environment variable TORCH_CUDA_ARCH_LIST names others
+NATIVE = os.environ.get("LOOKBEHIND_NATIVE") != "0"
+WAYS_OUT = """Either install a C++17 compiler (g++; CXX names another) and, for GPUs, the CUDA toolkit for this PyTorch
+(CUDA_HOME names it, CUDA_HOME=none leaves GPUs out), or set LOOKBEHIND_NATIVE=0 to install without native kernels."""
 
 
-def target_version() -> str:
-    """The torch whose stable ABI is built against, as its headers want it: the binary serves it and all later ones."""
-    major, minor = (int(part) for part in re.match(r"(\d+)\.(\d+)", torch.__version__).groups())
-    return f"0x{major:02x}{minor:02x}{0:012x}"
-
-
-class BuildOrGoOn(BuildExtension):
-    """Builds what it can. Without a compiler the package installs without its kernels and says so when used."""
-
-    def go_on(self, build, kernels: str) -> None:
-        """Build, or report why not; LOOKBEHIND_REQUIRE_NATIVE=1 makes that an error."""
-        try:
-            build()
-        except Exception as error:
-            if os.environ.get("LOOKBEHIND_REQUIRE_NATIVE") == "1":
-                raise
-            print(f"lookbehind_fused: installing without {kernels} kernels: {error}", file=sys.stderr)
-            self.extensions = [] if kernels == "native" else self.extensions
+class Build(BuildExtension):
+    """Builds the library, or ends the installation in words: slow without a warning is worse than not installed."""
 
     def run(self) -> None:
         """Build the library."""
-        self.go_on(super().run, "native")
+        try:
+            super().run()
+        except Exception as error:
+            sys.exit(f"lookbehind_fused: its native kernels were not built: {error}\n{WAYS_OUT}")
 
     def build_extensions(self) -> None:
         """Add what is for GPUs, if there is a CUDA toolkit: in $CUDA_HOME or, where that is not set, on $PATH."""
-        home = os.environ.get("CUDA_HOME")
-        nvcc = shutil.which(f"{home}/bin/nvcc" if home else "nvcc")
-        if nvcc and not torch.version.hip:
-            self.go_on(lambda: self.add_cuda(nvcc), "CUDA")
+        compiler = get_cxx_compiler().split(" ")[0]
+        if not shutil.which(compiler):
+            raise FileNotFoundError(f"there is no C++ compiler {compiler!r}")
+        name = f"{os.environ['CUDA_HOME']}/bin/nvcc" if os.environ.get("CUDA_HOME") else "nvcc"
+        if not torch.version.hip and (nvcc := shutil.which(name)):
+            self.add_cuda(nvcc)
+        else:
+            print(f"lookbehind_fused: no CUDA toolkit ({name}): kernels for CPUs alone", file=sys.stderr)
         self.force = True  # link again: a library that is newer than its objects may lack those that were added
         super().build_extensions()
 
@@ -82,8 +79,11 @@ native = CppExtension(
     name="lookbehind_fused._native",
     sources=sorted(str(path) for path in [*Path("csrc").glob("*.cpp"), *Path("csrc/cpu").glob("*.cpp")]),
     depends=sorted(str(path) for pattern in ("*.h", "cpu/*.[hi]*", "cuda/*") for path in Path("csrc").glob(pattern)),
-    extra_compile_args={"cxx": [*FLAGS, *WARNINGS, f"-DTORCH_TARGET_VERSION={target_version()}"]},
+    extra_compile_args={"cxx": [*FLAGS, *WARNINGS, TARGET]},
     py_limited_api=True,
 )
 
-setup(ext_modules=[native], cmdclass={"build_ext": BuildOrGoOn}, options={"bdist_wheel": {"py_limited_api": "cp310"}})
+if "dist_info" in sys.argv and not (find_spec("wheel") or find_spec("setuptools.command.bdist_wheel")):
+    sys.exit(f"lookbehind_fused: setuptools {__version__} makes no wheels: pip install 'setuptools>=77.0.3' first")
+options = {"bdist_wheel": {"py_limited_api": "cp310"}}
+setup(license="Apache-2.0", ext_modules=[native] * NATIVE, cmdclass={"build_ext": Build}, options=options)

@@ -4,21 +4,17 @@ Prints what each archive holds and how long each installation took; any surprise
 so it is no part of `make test`.
 """
 
-import os
 import re
-import shutil
 import subprocess
 import sys
 import sysconfig
 import tarfile
 import tempfile
 import time
-import venv
 import zipfile
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-LIBRARY = "lookbehind_fused/_native.abi3.so"
+from tests.installing import LIBRARY, ROOT, Environment, copy_sources, has_nvcc
 
 STEP = """
 import warnings
@@ -44,14 +40,12 @@ print(len(caught), *(w.message for w in caught))
 """
 
 
-class Environment:
-    """A new virtual environment that sees this one's torch, setuptools and ninja, but not this package."""
+class Borrowing(Environment):
+    """A new environment that sees this one's torch, setuptools and ninja, but not this package."""
 
     def __init__(self, folder: Path) -> None:
-        venv.create(folder, with_pip=True)
-        self.python = folder / "bin" / "python"
+        super().__init__(folder)
         self.pip("uninstall", "-q", "-y", "setuptools", check=False)  # Python 3.11 and older bring an old one along
-        self.site = Path(self.run("-c", "import sysconfig; print(sysconfig.get_path('purelib'))").stdout.strip())
         shared = self.site / "shared"
         shared.mkdir()
         mine = re.compile(r"lookbehind|__editable__|distutils-precedence|_virtualenv|\.pth$")
@@ -59,19 +53,6 @@ class Environment:
             if not mine.search(entry.name) and not (self.site / entry.name).exists():
                 (shared / entry.name).symlink_to(entry)
         (self.site / "shared.pth").write_text(f"{shared}\n")
-
-    def run(self, *arguments: str, check: bool = True, **variables: str) -> subprocess.CompletedProcess:
-        environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "MAKEFLAGS")}
-        environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"  # ninja
-        command = [str(self.python), *arguments]
-        done = subprocess.run(
-            command, cwd=self.python.parent, env=environment | variables, capture_output=True, text=True
-        )
-        assert not check or done.returncode == 0, done.stdout + done.stderr
-        return done
-
-    def pip(self, *arguments: str, **options: str | bool) -> subprocess.CompletedProcess:
-        return self.run("-m", "pip", "--disable-pip-version-check", *arguments, **options)
 
     def warnings_of_a_step(self, backend: str) -> str:
         """How many warnings two optimizers give, and what they say."""
@@ -84,12 +65,7 @@ def timed(what: str, started: float) -> None:
 
 def source_archive(folder: Path) -> Path:
     """The archive, made from a copy of what git tracks or would track."""
-    listed = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
-    for name in filter(None, subprocess.run(listed, cwd=ROOT, capture_output=True, check=True).stdout.split(b"\0")):
-        source, target = ROOT / os.fsdecode(name), folder / "source" / os.fsdecode(name)
-        if source.is_file():
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source, target)
+    copy_sources(folder / "source")
     code = "from setuptools.build_meta import build_sdist; import sys; build_sdist(sys.argv[1])"
     command = [sys.executable, "-c", code, str(folder)]
     done = subprocess.run(command, cwd=folder / "source", capture_output=True, text=True)
@@ -129,27 +105,28 @@ def main() -> None:
         nothing = {"CXX": str(folder / "missing"), "CC": str(folder / "missing")}
 
         started = time.monotonic()
-        full = Environment(folder / "full")
+        full = Borrowing(folder / "full")
         (folder / "wheels").mkdir()
         full.pip("wheel", *install[1:], "--wheel-dir", str(folder / "wheels"))
         (wheel,) = (folder / "wheels").glob("*.whl")
         check_wheel(wheel, has_library=True)
         timed("wheel from the archive", started)
         started = time.monotonic()
-        full.pip(*install, LOOKBEHIND_REQUIRE_NATIVE="1")
+        full.pip(*install)
         assert full.warnings_of_a_step("native") == "0"
         assert full.warnings_of_a_step("auto") == "0"
         why_not = full.run("-c", "from lookbehind_fused.kernels import cuda; print(cuda.why_not())").stdout.strip()
-        assert (why_not == "None") == bool(shutil.which("nvcc")), why_not
+        assert (why_not == "None") == has_nvcc(), why_not
         timed("installed from the archive, steps on native", started)
 
         started = time.monotonic()
-        bare = Environment(folder / "bare")
-        refused = bare.pip(*install, check=False, LOOKBEHIND_REQUIRE_NATIVE="1", **nothing)
-        assert refused.returncode != 0, "LOOKBEHIND_REQUIRE_NATIVE=1 without a compiler"
-        assert nothing["CXX"] in refused.stdout + refused.stderr, refused.stderr
-        said = bare.pip("install", "-v", *install[1:], **nothing)
-        assert "installing without native kernels" in said.stdout + said.stderr
+        bare = Borrowing(folder / "bare")
+        refused = bare.pip(*install, check=False, **nothing)
+        assert refused.returncode != 0, "installed without a compiler, unasked"
+        for said in (f"there is no C++ compiler '{nothing['CXX']}'", "g++", "LOOKBEHIND_NATIVE=0"):
+            assert said in refused.stdout + refused.stderr, refused.stderr
+        nothing["LOOKBEHIND_NATIVE"] = "0"
+        bare.pip(*install, **nothing)
         warned = bare.warnings_of_a_step("auto")
         assert warned.startswith("1 backend 'auto' uses the slower 'reference'"), warned
         assert "was not built" in warned
@@ -158,7 +135,9 @@ def main() -> None:
         bare.pip("wheel", *install[1:], "--wheel-dir", str(folder / "wheels without"), **nothing)
         (wheel,) = (folder / "wheels without").glob("*.whl")
         check_wheel(wheel, has_library=False)
-        timed("installed without a compiler, steps on the reference, warns once", started)
+        timed(
+            "refused without a compiler; asked for no kernels, installed, steps on the reference, warns once", started
+        )
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """The native backend: csrc's compiled kernels for CPU tensors, as ops of ``torch.ops.lookbehind_fused``.
 
-The ops are defined here from ``schema.SCHEMAS``; the library only holds implementations. It is built by ``setup.py``;
-without a C++ compiler the package installs all the same, and ``unavailable`` says why there is nothing to call.
+The ops are defined here from ``schema.SCHEMAS``; the library only holds implementations. It is built by ``setup.py``,
+unless ``LOOKBEHIND_NATIVE=0`` asks for none: then ``unavailable`` says why there is nothing to call.
 """
 
 from __future__ import annotations
@@ -20,7 +20,10 @@ from .schema import completed
 
 NAMESPACE = "lookbehind_fused"
 LIBRARY = Path(__file__).parent.parent / "_native.abi3.so"
-REMEDY = "install a C++17 compiler (g++) and ninja, then install the package again with --no-build-isolation"
+REMEDY = (
+    "install a C++17 compiler (g++) and ninja, then install the package again with --no-build-isolation and without "
+    "LOOKBEHIND_NATIVE=0"
+)
 DEVICES = "CPUs"
 SCALARS_ON_DEVICE = False  # hyper, steps and done are in host memory
 
