@@ -16,7 +16,8 @@ CXX    ?= g++
 
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
-.PHONY: help setup train compare test test-all trainers fuzz bench bench-distributed gpu-check sanitize dist-check check format clean
+.PHONY: help setup train compare test test-all trainers fuzz bench bench-distributed gpu-check sanitize dist-check matrix \
+	check format clean
 
 # An interpreter that was asked for by name must be the one in .venv; otherwise any that .venv has will do.
 VERSION := import sys; print("%d.%d" % sys.version_info[:2])
@@ -83,6 +84,9 @@ sanitize:  ## run the C++ kernels under the address, undefined-behaviour and thr
 
 dist-check: $(READY)  ## build a source archive, install it into new environments with and without a compiler
 	@$(PY) -m tests.dist_check
+
+matrix: $(READY)  ## build and test on each torch and each Python: an hour or two, 12 GB; ARGS="--torch 2.10 --python 3.12"
+	@$(PY) -m tests.matrix $(ARGS)
 
 check: $(READY)  ## lint, check the format and the types, changing nothing
 	@$(PY) -m ruff check --quiet $(CODE)

@@ -1,0 +1,240 @@
+"""`make matrix`: on each torch and each Python the package is built, loaded and steps as the reference does.
+
+Each combination has an environment of its own, deleted after it: a torch that comes with CUDA takes several GB.
+A row says how it went as it ends; any that fails, or a torch that no Python found here has, is an error at the end.
+By default each torch meets the oldest Python, and the oldest and the newest torch every Python.
+"""
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from tests.installing import LIBRARY, ROOT, Environment, copy_sources, has_nvcc
+
+TORCHES = ("2.10", "2.11", "2.12", "2.13", "newest")  # what pip takes where no version is named
+PYTHONS = ("3.10", "3.11", "3.12", "3.13")
+NEEDED_BY_TESTS = ("hypothesis", "numpy", "pytest", "pytest-benchmark", "pytest-xdist")
+TESTS = ("kernels/test_native.py", "test_algorithm1.py", "test_checkpoint.py", "test_compile.py", "test_optimizer.py")
+
+# Prints torch, its CUDA, and the largest difference of a weight; fails where the native backend is not what is chosen.
+SMOKE = """
+import torch
+import lookbehind_fused
+from lookbehind_fused import kernels
+
+assert lookbehind_fused.__file__.startswith({site!r}), lookbehind_fused.__file__
+assert kernels.native.why_not() is None, kernels.native.why_not()
+assert kernels.resolve("auto", torch.device("cpu")) is kernels.native
+assert (kernels.cuda.why_not() is None) == {has_cuda}, kernels.cuda.why_not()
+
+def weights(backend, base, dtype, **settings):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(7, 33), torch.nn.Tanh(), torch.nn.Linear(33, 5)).to(dtype)
+    inputs, targets = torch.randn(64, 7, dtype=dtype), torch.randn(64, 5, dtype=dtype)
+    optimizer = lookbehind_fused.Lookbehind(model.parameters(), base, rho=0.1, backend=backend, **settings)
+
+    def closure():
+        loss = (model(inputs) - targets).square().mean()
+        loss.backward()
+        return loss
+
+    before = model[0].weight.detach().clone()
+    for _ in range(4):
+        optimizer.step(closure)
+    assert not torch.equal(before, model[0].weight)
+    return torch.cat([p.detach().double().flatten() for p in model.parameters()])
+
+worst = 0.0
+for dtype, most in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
+    for base in (
+        dict(base=torch.optim.SGD, lr=0.1, momentum=0.9, weight_decay=0.01), dict(base=torch.optim.AdamW, lr=0.01)
+    ):
+        for settings in (dict(k=2), dict(k=3, alpha="adaptive", adaptive=True)):
+            ours, expected = (weights(backend, dtype=dtype, **base, **settings) for backend in ("auto", "reference"))
+            found = float((ours - expected).abs().max())
+            assert found <= most, (dtype, base, settings, found)
+            worst = max(worst, found / most)
+print(torch.__version__, torch.version.cuda, f"{{worst:.2f}}")
+"""
+
+
+class Absent(Exception):
+    """There is no such torch for this Python."""
+
+
+def interpreters(wanted: list[str]) -> dict[str, Path]:
+    """Of each version the first that makes environments: on the path, of pyenv, of the distribution."""
+    pyenv = Path(os.environ.get("PYENV_ROOT") or Path.home() / ".pyenv")
+    found = {}
+    for version in wanted:
+        on_path = [Path(path) for path in [shutil.which(f"python{version}")] if path]
+        for path in [
+            *on_path,
+            *sorted(pyenv.glob(f"versions/{version}.*/bin/python3")),
+            Path(f"/usr/bin/python{version}"),
+        ]:
+            code = "import ensurepip, sys, venv; print('%d.%d' % sys.version_info[:2])"
+            try:
+                done = subprocess.run([str(path), "-c", code], capture_output=True, text=True)
+            except OSError:
+                continue
+            if done.returncode == 0 and done.stdout.strip() == version:
+                found[version] = path
+                break
+        else:
+            print(f"Python {version}: none found that makes environments", flush=True)
+    return found
+
+
+def chosen(torches: list[str], pythons: list[str], every: bool) -> list[tuple[str, str]]:
+    """The combinations, the newest torch first: its library is then tried on the older ones."""
+    ends = (torches[0], torches[-1])
+    return [(t, p) for t in reversed(torches) for p in pythons if every or t in ends or p == pythons[0]]
+
+
+class Matrix:
+    """What the combinations share: one copy of the sources, the kernels for GPUs, the library of the first of them.
+
+    Args:
+        folder: for the sources and one environment at a time.
+        tests: files and options, as pytest takes them.
+        tested: the torches on which tests run.
+    """
+
+    def __init__(self, folder: Path, tests: list[str], tested: set[str]) -> None:
+        self.folder, self.source, self.tests, self.tested = folder, folder / "source", tests, tested
+        copy_sources(self.source)
+        # One folder for every Python: what nvcc compiles knows neither torch nor Python, and is compiled once.
+        (self.source / "setup.cfg").write_text("[build_ext]\nbuild_temp = build/temp\n")
+        self.has_cuda = has_nvcc()
+        self.first: tuple[str, Path] | None = None
+
+    def row(self, torch: str, version: str, python: Path) -> str:
+        """One combination; what is to be said of it.
+
+        Raises:
+            Absent: there is no such torch.
+            AssertionError: something failed; what was printed then.
+        """
+        folder = self.folder / f"torch-{torch}-python-{version}"
+        try:
+            environment = Environment(folder, python)
+            self.install_torch(environment, torch)
+            parts = self.build(environment)
+            torch_version, cuda, worst = self.smoke(environment)
+            parts = [
+                f"torch {torch_version}, CUDA {cuda}",
+                *parts,
+                f"steps as the reference ({worst} of the tolerance)",
+            ]
+            if self.first is None:
+                self.first = torch_version, self.folder / "first.so"
+                shutil.copyfile(environment.site / LIBRARY, self.first[1])
+            else:
+                shutil.copyfile(self.first[1], environment.site / LIBRARY)
+                self.smoke(environment)
+                parts.append(f"so does the library built with {self.first[0]}")
+            if torch in self.tested:
+                parts.append(self.run_tests(environment))
+            return "; ".join(parts)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def install_torch(self, environment: Environment, torch: str) -> None:
+        requirement = "torch" if torch == "newest" else f"torch=={torch}.*"
+        done = environment.pip("install", "-q", "--no-cache-dir", requirement, check=False)
+        if "No matching distribution found for torch" in done.stderr:
+            raise Absent
+        assert done.returncode == 0, done.stdout + done.stderr
+
+    def build(self, environment: Environment) -> list[str]:
+        """Build and install the package, with the setuptools that is there if that can be."""
+        for path in self.source.glob("build/*"):
+            if path.name != "temp":
+                shutil.rmtree(path)
+        for path in self.source.glob("build/temp/**/*.o"):
+            if "cuda" not in path.relative_to(self.source / "build" / "temp").parts[:1]:
+                path.unlink()
+        parts = []
+        install = ("install", "-q", "--no-build-isolation", "--no-deps", "--no-cache-dir", str(self.source))
+        if not self.makes_wheels(environment):
+            there = environment.run("-c", "import setuptools; print(setuptools.__version__)").stdout.strip()
+            environment.run("setup.py", "-q", "build_ext", "--inplace", cwd=self.source)
+            (self.source / LIBRARY).unlink()
+            refused = environment.pip(*install, check=False)
+            assert refused.returncode != 0, "setuptools without wheels made one"
+            assert f"setuptools {there} makes no wheels: pip install 'setuptools" in refused.stdout + refused.stderr, (
+                refused
+            )
+            parts.append(f"setuptools {there} builds in place, and refuses a wheel")
+            environment.pip("install", "-q", "--no-cache-dir", "setuptools>=77.0.3,<82")
+        environment.pip(*install)
+        return [*parts, "built for CPUs and CUDA GPUs" if self.has_cuda else "built for CPUs, without nvcc"]
+
+    def makes_wheels(self, environment: Environment) -> bool:
+        """Whether pip can install with the setuptools that a new environment and torch bring along."""
+        code = "from importlib.util import find_spec as f; print(f('setuptools.command.bdist_wheel') or f('wheel'))"
+        done = environment.run("-c", code, check=False)
+        if "No module named 'setuptools'" in done.stderr:
+            environment.pip("install", "-q", "--no-cache-dir", "setuptools>=77.0.3")
+            return True
+        return done.stdout.strip() != "None"
+
+    def smoke(self, environment: Environment) -> list[str]:
+        code = SMOKE.format(site=str(environment.site), has_cuda=self.has_cuda)
+        return environment.run("-W", "ignore", "-c", code).stdout.split()
+
+    def run_tests(self, environment: Environment) -> str:
+        environment.pip("install", "-q", "--no-cache-dir", "-c", str(ROOT / "constraints.txt"), *NEEDED_BY_TESTS)
+        library = self.source / LIBRARY
+        shutil.copyfile(environment.site / LIBRARY, library)
+        try:
+            done = environment.run("-m", "pytest", *self.tests, check=False, cwd=self.source, OMP_WAIT_POLICY="PASSIVE")
+        finally:
+            library.unlink()
+        assert done.returncode == 0, done.stdout + done.stderr
+        return re.sub(r" in [\d.]+s.*", "", done.stdout.strip().splitlines()[-1])
+
+
+def main() -> int:
+    """Go through the combinations, a row for each; 1 if one failed."""
+    parser = argparse.ArgumentParser(prog="python -m tests.matrix", description=__doc__)
+    parser.add_argument("tests", nargs="*", help="more files of tests than the chosen, as tests/test_family.py")
+    parser.add_argument("--torch", nargs="+", default=TORCHES, help=f"the oldest first; {' '.join(TORCHES)}")
+    parser.add_argument("--python", nargs="+", default=PYTHONS, help=" ".join(PYTHONS))
+    parser.add_argument("--every", action="store_true", help="every torch on every Python")
+    parser.add_argument("--most", type=int, default=20, help="cases of one test, on the oldest and newest torch")
+    options = parser.parse_args()
+    torches, found = list(options.torch), interpreters(options.python)
+    if not found:
+        parser.error(f"--python: expected a Python of which an interpreter is found, got {' '.join(options.python)}")
+    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "9.0")  # which GPUs the kernels are for is no matter of torch's
+    tests = [*(f"tests/{name}" for name in TESTS), *options.tests]
+    failed, built = [], set()
+    with tempfile.TemporaryDirectory() as name:
+        matrix = Matrix(Path(name), [*tests, "--most", str(options.most)], {torches[0], torches[-1]})
+        for torch, version in chosen(torches, list(found), options.every):
+            started, what = time.monotonic(), f"torch {torch}, Python {version}"
+            try:
+                said = matrix.row(torch, version, found[version])
+                built.add(torch)
+            except Absent:
+                said = "pip has none"
+            except (AssertionError, subprocess.CalledProcessError) as error:
+                failed.append(what)
+                said = "FAILED\n" + "\n".join(str(error).splitlines()[-60:])
+            print(f"{what}: {said}; {time.monotonic() - started:.0f} s", flush=True)
+    failed += [f"torch {torch} on no Python" for torch in torches if torch not in built]
+    if failed:
+        print(f"failed: {'; '.join(failed)}")
+    return bool(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
