@@ -93,9 +93,9 @@ def interpreters(wanted: list[str]) -> dict[str, Path]:
 
 
 def chosen(torches: list[str], pythons: list[str], every: bool) -> list[tuple[str, str]]:
-    """The combinations, the newest torch first: its library is then tried on the older ones."""
+    """The combinations, one Python after the other; the newest torch first, whose library is tried on the others."""
     ends = (torches[0], torches[-1])
-    return [(t, p) for t in reversed(torches) for p in pythons if every or t in ends or p == pythons[0]]
+    return [(t, p) for p in pythons for t in reversed(torches) if every or t in ends or p == pythons[0]]
 
 
 class Matrix:
@@ -110,19 +110,19 @@ class Matrix:
     def __init__(self, folder: Path, tests: list[str], tested: set[str]) -> None:
         self.folder, self.source, self.tests, self.tested = folder, folder / "source", tests, tested
         copy_sources(self.source)
-        # One folder for every Python: what nvcc compiles knows neither torch nor Python, and is compiled once.
+        # One folder for all: what includes no torch is compiled once, the kernels for CPUs once for each Python.
         (self.source / "setup.cfg").write_text("[build_ext]\nbuild_temp = build/temp\n")
         self.has_cuda = has_nvcc()
         self.first: tuple[str, Path] | None = None
 
-    def row(self, torch: str, version: str, python: Path) -> str:
+    def row(self, torch: str, python: Path) -> str:
         """One combination; what is to be said of it.
 
         Raises:
             Absent: there is no such torch.
             AssertionError: something failed; what was printed then.
         """
-        folder = self.folder / f"torch-{torch}-python-{version}"
+        folder = self.folder / "environment"  # the same for all, as it is part of the compiler's command lines
         try:
             environment = Environment(folder, python)
             self.install_torch(environment, torch)
@@ -158,8 +158,8 @@ class Matrix:
         for path in self.source.glob("build/*"):
             if path.name != "temp":
                 shutil.rmtree(path)
-        for path in self.source.glob("build/temp/**/*.o"):
-            if "cuda" not in path.relative_to(self.source / "build" / "temp").parts[:1]:
+        for pattern in ("csrc/*.o", "csrc/cuda/*.o"):  # of sources that include torch
+            for path in self.source.joinpath("build", "temp").glob(pattern):
                 path.unlink()
         parts = []
         install = ("install", "-q", "--no-build-isolation", "--no-deps", "--no-cache-dir", str(self.source))
@@ -222,14 +222,14 @@ def main() -> int:
         for torch, version in chosen(torches, list(found), options.every):
             started, what = time.monotonic(), f"torch {torch}, Python {version}"
             try:
-                said = matrix.row(torch, version, found[version])
+                said = matrix.row(torch, found[version])
                 built.add(torch)
             except Absent:
                 said = "pip has none"
             except (AssertionError, subprocess.CalledProcessError) as error:
                 failed.append(what)
                 said = "FAILED\n" + "\n".join(str(error).splitlines()[-60:])
-            print(f"{what}: {said}; {time.monotonic() - started:.0f} s", flush=True)
+            print(f"{what}, {time.monotonic() - started:.0f} s: {said}", flush=True)
     failed += [f"torch {torch} on no Python" for torch in torches if torch not in built]
     if failed:
         print(f"failed: {'; '.join(failed)}")
