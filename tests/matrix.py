@@ -129,19 +129,19 @@ class Matrix:
             parts = self.build(environment)
             torch_version, cuda, worst = self.smoke(environment)
             parts = [
-                f"torch {torch_version}, CUDA {cuda}",
+                f"torch {torch_version}, CUDA: {cuda}",
                 *parts,
                 f"steps as the reference ({worst} of the tolerance)",
             ]
+            if torch in self.tested:
+                parts.append(self.run_tests(environment))
             if self.first is None:
                 self.first = torch_version, self.folder / "first.so"
                 shutil.copyfile(environment.site / LIBRARY, self.first[1])
             else:
                 shutil.copyfile(self.first[1], environment.site / LIBRARY)
                 self.smoke(environment)
-                parts.append(f"so does the library built with {self.first[0]}")
-            if torch in self.tested:
-                parts.append(self.run_tests(environment))
+                parts.append(f"the library built with {self.first[0]} too")
             return "; ".join(parts)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
