@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lookbehind_fused import Lookbehind
 from tests.algorithm1 import Formulas, Gradients, algorithm1
+from tests.compare import LOW_PRECISION, assert_equal, scaled_error
 from tests.sampling import (  # noqa: F401  pytest looks for hooks here
     pytest_addoption,
     pytest_collection_modifyitems,
@@ -22,8 +23,6 @@ from tests.sampling import (  # noqa: F401  pytest looks for hooks here
 
 BACKENDS = os.environ.get("LOOKBEHIND_TEST_BACKENDS", "reference native").split()
 """Every test that takes the fixture ``backend`` runs on each of these."""
-
-LOW_PRECISION = (torch.bfloat16, torch.float16)
 
 
 @pytest.fixture(scope="session", params=BACKENDS)
@@ -95,14 +94,6 @@ def assert_close(what: str, actual: Tensor, expected: Tensor, tolerance: float) 
     assert found <= tolerance, f"{what}: {found:.2e} > {tolerance:.0e}\n{actual}\n{expected}"
 
 
-def assert_equal(what: str, actual: Tensor, expected: Tensor) -> None:
-    """Same dtype, same shape, same values to the last bit; NaN equals NaN."""
-    assert actual.dtype == expected.dtype, what
-    assert actual.shape == expected.shape, what
-    same = (actual == expected) | (actual.isnan() & expected.isnan())
-    assert bool(same.all()), f"{what}: {int((~same).sum())} of {actual.numel()} differ\n{actual}\n{expected}"
-
-
 def assert_torchs_weights(
     backend: str,
     base: type[torch.optim.Optimizer],
@@ -165,18 +156,6 @@ def assert_state(optimizer: Any, params: list[Tensor], expected: list[dict[str, 
             assert_close(f"{key} of tensor {i}", actual, value, tolerance)
             worst = max(worst, error(actual, value))
     return worst
-
-
-def dense(values: Tensor, order: tuple[int, ...] | None = None, offset: int = 0) -> Tensor:
-    """A copy of ``values`` with its dimensions in memory in the given order (outermost first), ``offset`` elements into
-    a buffer that holds NaN elsewhere. ``order`` None: contiguous."""
-    order = tuple(range(values.ndim)) if order is None else order
-    strides, step = [0] * values.ndim, 1
-    for dim in reversed(order):
-        strides[dim] = step
-        step *= max(values.shape[dim], 1)
-    buffer = torch.full((offset + values.numel() + 3,), float("nan"), dtype=values.dtype)
-    return buffer.as_strided(values.shape, strides, offset).copy_(values)
 
 
 class Duel:
@@ -332,13 +311,3 @@ class Duel:
         # alpha comes from displacements, in which the rounding of the weights is magnified
         compare("alpha", *self._alphas(), tolerance * (1 + 1 / self.outcome.displacement))
         return errors
-
-
-def scaled_error(actual: Tensor, expected: Tensor) -> float:
-    """max |actual - expected| / max(1, max |expected|); inf where it is not a number."""
-    assert actual.shape == expected.shape, f"shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
-    if actual.numel() == 0:
-        return 0.0
-    actual, expected = actual.detach().double(), expected.detach().double()
-    found = (actual - expected).abs().max().item() / max(1.0, expected.abs().max().item())
-    return found if found < float("inf") else float("inf")

@@ -29,7 +29,8 @@ import torch
 from torch import Tensor, nn
 
 from lookbehind_fused.tensors import compute_dtype
-from tests.conftest import assert_same_state, dense, drive
+from tests.compare import dense
+from tests.conftest import assert_same_state, drive
 from tests.twin import BASES, Twin, values
 
 SHAPES = [(5,), (2, 3), (), (0,), (1, 1), (33,), (2, 3, 4, 5), (7, 1)]

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from tests.algorithm1 import adam, adamw, sgd
-from tests.conftest import LOW_PRECISION, Duel, dense
+from tests.compare import LOW_PRECISION, dense
+from tests.conftest import Duel
 from tests.sampling import sample
 
 CASES = {"float64": 800, "float32": 400, "low precision": 400, "several dtypes": 400}

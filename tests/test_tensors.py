@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from lookbehind_fused import Lookbehind
 from tests.algorithm1 import Formulas, Gradients, TorchBase, adam, adamw, algorithm1, sgd
-from tests.conftest import LOW_PRECISION, Duel, assert_close, assert_equal, assert_same_state, dense, drive
+from tests.compare import LOW_PRECISION, assert_equal, dense
+from tests.conftest import Duel, assert_close, assert_same_state, drive
 from tests.twin import BASES
 
 TOLERANCE = 1e-12

@@ -15,7 +15,7 @@ from torch import Tensor
 from lookbehind_fused.kernels import SCHEMAS, Flag, RuleId, contract, native, reference
 from lookbehind_fused.kernels.contract import Column
 from lookbehind_fused.kernels.schema import ARGUMENTS, WRITTEN, tensor_table
-from tests.conftest import LOW_PRECISION, assert_equal, dense, scaled_error
+from tests.compare import LOW_PRECISION, assert_equal, dense, scaled_error
 
 OPS = {name: getattr(torch.ops.lookbehind_fused, name).default for name in SCHEMAS}
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]

@@ -22,7 +22,8 @@ from lookbehind_fused import Lookbehind
 from lookbehind_fused.kernels import BACKENDS, SCHEMAS, Flag, RuleId, native, reference
 from lookbehind_fused.kernels.contract import Column, Hyper
 from lookbehind_fused.kernels.schema import ARGUMENTS, WRITTEN
-from tests.conftest import LOW_PRECISION, Duel, assert_close, assert_equal, dense, drive, scaled_error
+from tests.compare import LOW_PRECISION, assert_equal, dense, scaled_error
+from tests.conftest import Duel, assert_close, drive
 from tests.kernels.passes import DESCENTS, DTYPES, OPS, SIZES, VARIANTS, Case, cases, drawn, listed_values
 from tests.sampling import sample
 from tests.test_tensors import OPTIONS, parameters
