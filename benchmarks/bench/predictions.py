@@ -22,6 +22,14 @@ SHARE = 0.9
 GAP, LAUNCH, REPLAY = 2e-6, 5e-6, 10e-6  # seconds
 BANDWIDTH = {"A100 80 GB SXM": 2.039e12, "H100 SXM": 3.35e12, "H200 SXM": 4.8e12, "B200": 8e12, "RTX 4090": 1.008e12}
 """Bytes a second, as the vendor states them in its data sheets."""
+DEVICES = {
+    "NVIDIA A100-SXM4-80GB": "A100 80 GB SXM",
+    "NVIDIA H100 80GB HBM3": "H100 SXM",
+    "NVIDIA H200": "H200 SXM",
+    "NVIDIA B200": "B200",
+    "NVIDIA GeForce RTX 4090": "RTX 4090",
+}
+"""What ``torch.cuda.get_device_name`` calls them."""
 MODELS = {"ResNet-50, 25 M": (25_000_000, 161), "200 M": (200_000_000, 161)}
 """Parameters and tensors."""
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from benchmarks.bench import __main__ as bench
 from benchmarks.bench import bounds, calls, memory, own_work, timing
 from benchmarks.bench import plots as bench_plots
-from benchmarks.bench.contenders import Compiled, Foreach, Fused, Naive, OpsAlone, Pair, Port, Public
+from benchmarks.bench.contenders import Compiled, Foreach, ForeachOnDevice, Fused, Naive, OpsAlone, Pair, Port, Public
 from benchmarks.bench.own_work import OwnWork, passes_of_a_step
 from benchmarks.bench.settings import Settings
 from tests.conftest import assert_close
@@ -54,6 +54,24 @@ def test_the_ops_alone_take_native_s_steps(k: int) -> None:
     settings = settings_of(k, True, 0.5, "global")
     found, expected = (run(contender, settings, torch.float64) for contender in (OpsAlone, Fused))
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("k", [1, 2, 3])
+@pytest.mark.parametrize("asam", [False, True])
+def test_a_norm_that_stays_on_the_device_is_read_by_nobody(k: int, asam: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The trajectory of the reference backend, and no number of the device on the host."""
+    settings = settings_of(k, asam, 0.4, "global")
+    expected = run(Fused, settings, torch.float64, backend="reference")
+
+    def refuse(tensor: Tensor) -> float:
+        raise AssertionError("float() of a tensor")
+
+    monkeypatch.setattr(torch.Tensor, "__float__", refuse)
+    found = run(ForeachOnDevice, settings, torch.float64)
+    with pytest.raises(AssertionError, match="float"):
+        run(Foreach, settings, torch.float64)
+    for i, (actual, wanted) in enumerate(zip(found, expected, strict=True)):
+        assert torch.allclose(actual, wanted, rtol=1e-10, atol=1e-12), f"tensor {i}"
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
@@ -234,6 +252,7 @@ def test_the_hosts_share_is_measured_without_a_gpu():
 def test_predictions_are_the_formula():
     from benchmarks.bench import predictions
 
+    assert sorted(predictions.DEVICES.values()) == sorted(predictions.BANDWIDTH)
     found = predictions.predicted(1_000_000_000, 1e12, host=1e-3)
     assert found.device == pytest.approx(68e9 / 0.9e12 + 12e-6)
     assert found.eager == found.device

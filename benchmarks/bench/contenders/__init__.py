@@ -7,7 +7,7 @@ for each tensor, as public code does; the others take k + 1.
 """
 
 from benchmarks.bench.contenders.compiled import Compiled
-from benchmarks.bench.contenders.foreach import Foreach
+from benchmarks.bench.contenders.foreach import Foreach, ForeachOnDevice
 from benchmarks.bench.contenders.fused import Fused, OpsAlone, Pair
 from benchmarks.bench.contenders.naive import Naive
 from benchmarks.bench.contenders.public import Port, Public
@@ -16,4 +16,4 @@ CONTENDERS = {"naive": Naive, "public": Public, "foreach": Foreach, "compiled": 
 """Those that are compared with each other."""
 PAIRS = {"port": Port, "pair": Pair}
 """SAM, with whose two halves scripts drive it."""
-ALL = {**CONTENDERS, **PAIRS, "ops": OpsAlone}
+ALL = {**CONTENDERS, **PAIRS, "ops": OpsAlone, "foreach on the device": ForeachOnDevice}

@@ -64,6 +64,10 @@ class Foreach:
         norm = torch.stack(torch._foreach_norm(grads)).norm()
         if self.settings.asam:
             torch._foreach_mul_(grads, scaling)
+        self.move(grads, norm)
+
+    def move(self, grads: Tensors, norm: Tensor) -> None:
+        """p += rho g / norm. The number is read by the host, which on a GPU waits for it."""
         torch._foreach_add_(self.params, grads, alpha=self.settings.rho / (float(norm) + 1e-16))
 
     def descend(self, index: int, grads: Tensors) -> None:
@@ -106,3 +110,13 @@ class Foreach:
             alpha = ((torch.nan_to_num(dots / (a * b))).clamp(-1, 1) + 1) / 2
             torch._foreach_mul_(last, alpha.tolist())
             torch._foreach_add_(self.params, last)
+
+
+class ForeachOnDevice(Foreach):
+    """The same for GPUs, with a norm that stays there: no wait, at the cost of one more walk over the gradients. For a
+    static alpha.
+    """
+
+    def move(self, grads: Tensors, norm: Tensor) -> None:
+        """p += rho g / norm."""
+        torch._foreach_add_(self.params, torch._foreach_mul(grads, self.settings.rho / (norm + 1e-16)))
