@@ -65,11 +65,14 @@ bench-distributed: $(READY)  ## measure steps of 2 and 4 processes on a slow lin
 	@$(PY) -m benchmarks.distributed $(ARGS)
 
 # With PYTHON=... that interpreter as it is, so that it works where nothing can be installed: the library is built in place.
-gpu-check: $(if $(WANTED),,$(READY))  ## run everything that needs a GPU; PYTHON=python3 takes the PyTorch that is there; ARGS: parts of names
+# Where that fails it is the first of the checks that fail.
+gpu-check: $(if $(WANTED),,$(READY))  ## run what needs a GPU: ten minutes; PYTHON=python3 takes the PyTorch that is there; ARGS="--help" lists options
 ifdef WANTED
-	@$(PYTHON) setup.py -q build_ext --inplace
+	@LOOKBEHIND_REQUIRE_NATIVE=1 $(PYTHON) setup.py -q build_ext --inplace || failed=--build-failed; \
+		$(PYTHON) -m tests.gpu $$failed $(ARGS)
+else
+	@$(PY) -m tests.gpu $(ARGS)
 endif
-	@$(if $(WANTED),$(PYTHON),$(PY)) -m tests.gpu_check $(ARGS)
 
 # -O1: what the optimizer removes, no sanitizer sees. The thread sanitizer excludes the other two.
 sanitize:  ## run the C++ kernels under the address, undefined-behaviour and thread sanitizers; needs no torch

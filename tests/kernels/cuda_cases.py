@@ -298,7 +298,7 @@ def refusals(executor: Executor) -> Iterable[str]:
 
 def whole_steps(asked: argparse.Namespace, build: Build) -> int:
     """Lookbehind on this backend against the reference in float64, over settings and base optimizers."""
-    from tests.gpu_check import step_cases, trained
+    from tests.gpu.steps import step_cases, trained
 
     chosen = step_cases(asked.sample)
     if asked.seed is not None:

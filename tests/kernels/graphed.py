@@ -1,6 +1,6 @@
 """Captured steps beside eager ones; without a GPU a double of the CUDA graph notes what runs, and runs it again.
 
-For ``triton_cases`` and ``cuda_cases``, whose kernels are executed as compiled, and for ``tests.gpu_check``.
+For ``triton_cases`` and ``cuda_cases``, whose kernels are executed as compiled, and for ``tests.gpu``.
 """
 
 from collections.abc import Callable, Sequence
@@ -291,10 +291,16 @@ def refused(backend: str) -> None:
     work.step(3)
 
 
-def on_gpu(backend: str) -> str:
-    """All cases with CUDA's own graphs, and a model's backward passes under autocast."""
+def on_gpu(backend: str, device: str = "cuda", backward: bool = True) -> str:
+    """All cases with CUDA's own graphs, and a model's backward passes under autocast.
+
+    Args:
+        device: "cpu" after ``use_double``.
+        backward: whether backward passes are captured, which the double does not see: otherwise that model's steps are
+            all eager.
+    """
     global where
-    where = "cuda"
+    where = device
     CASES["lr on the device"] = on_device
     cases = table(backend)
     for name, case in cases.items():
@@ -302,11 +308,11 @@ def on_gpu(backend: str) -> str:
             case()
         except Exception as error:
             raise AssertionError(f"{name}: {error}") from error
-    trains(backend)
+    trains(backend, backward)
     return f"{len(cases)} walks of 8 steps, replayed and eager, have the same bits; a model trains as without a graph"
 
 
-def trains(backend: str) -> None:
+def trains(backend: str, backward: bool) -> None:
     """Forward and backward passes in bfloat16, BatchNorm's statistics, a schedule."""
     models, losses = [], []
     for graphed in (False, True):
@@ -323,7 +329,7 @@ def trains(backend: str) -> None:
             loss.backward()
             return loss.detach()
 
-        step = optimizer.graphed(closure) if graphed else partial(optimizer.step, closure)
+        step = optimizer.graphed(closure) if graphed and backward else partial(optimizer.step, closure)
         for number in range(8):
             x.copy_(values(32, 20, seed=number))
             y.copy_((values(32, 20, seed=number)[:, :5]).argmax(1))

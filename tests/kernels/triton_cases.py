@@ -135,7 +135,7 @@ def whole_steps(asked: argparse.Namespace) -> int:
     """Lookbehind on this backend against the reference in float64, over settings and base optimizers."""
     import torch
 
-    from tests.gpu_check import step_cases, trained
+    from tests.gpu.steps import step_cases, trained
 
     register_by_call()
     chosen = step_cases(asked.sample)
