@@ -83,12 +83,12 @@ def source_archive(folder: Path) -> Path:
 
 
 def check_wheel(wheel: Path, *, has_library: bool) -> None:
-    """The package's modules, its library, the licence, metadata, and nothing else."""
+    """The package's modules, that they have types, its library, the licence, metadata, and nothing else."""
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
     modules = {str(path.relative_to(ROOT)) for path in (ROOT / "lookbehind_fused").rglob("*.py")}
     info = {name for name in names if ".dist-info/" in name}
-    expected = modules | ({LIBRARY} if has_library else set())
+    expected = modules | {"lookbehind_fused/py.typed"} | ({LIBRARY} if has_library else set())
     assert names - info == expected, (names - info) ^ expected
     assert {name.partition(".dist-info/")[2] for name in info} == {
         "METADATA", "RECORD", "WHEEL", "licenses/LICENSE", "top_level.txt"
