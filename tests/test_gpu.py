@@ -1,11 +1,14 @@
 """`make gpu-check` without a GPU: what its checks notice, how they are run, and that their code runs at all."""
 
+import json
 import os
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -15,7 +18,7 @@ from tests.gpu import __main__ as gpu
 from tests.gpu import flow, passes, rows, speed, steps
 from tests.gpu.checks import OURS, built, checks
 from tests.gpu.crew import Crew
-from tests.gpu.machine import Absent, here
+from tests.gpu.machine import Absent, Machine, here
 from tests.gpu.rows import Row
 from tests.sampling import sample
 
@@ -83,8 +86,6 @@ def test_what_is_missing_is_neither_held_nor_failed() -> None:
 
 
 def test_a_row_goes_through_a_line(tmp_path: Path) -> None:
-    import json
-
     row = Row("a: b", rows.FAILED, 1.25, "x | y\nz", "trace\n")
     assert Row(*json.loads(row.json())) == row
     assert "\n" not in row.json()
@@ -182,3 +183,81 @@ def test_a_slow_step_is_below_the_bound(on_native: str, monkeypatch: pytest.Monk
         speed.bandwidth(on_native, speed.LARGE)
     monkeypatch.setattr(speed.predictions, "BYTES", 68)
     assert "a whole step 5.67" in speed.bandwidth(on_native, speed.LARGE)
+
+
+# ---- what a dry run does not reach: torch.cuda, by doubles that have its signatures ---------------------------------
+
+
+STREAM, EVENT = torch.cuda.Stream, torch.cuda.Event
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> mock.Mock:
+    """Of ``torch.cuda``, in their order."""
+    noted = mock.Mock()
+    for name in ("synchronize", "set_sync_debug_mode", "current_stream", "_sleep", "Stream", "Event"):
+        double = mock.create_autospec(getattr(torch.cuda, name))
+        noted.attach_mock(double, name)
+        monkeypatch.setattr(torch.cuda, name, double)
+    monkeypatch.setattr(torch.cuda, "stream", mock.create_autospec(torch.cuda.stream, return_value=nullcontext()))
+    return noted
+
+
+def test_waits_are_refused_within_the_block_alone(calls: mock.Mock) -> None:
+    def broken() -> None:
+        with Machine().no_waits():
+            raise KeyError("in the block")
+
+    with pytest.raises(KeyError, match="in the block"):
+        broken()
+    assert calls.mock_calls == [mock.call.set_sync_debug_mode("error"), mock.call.set_sync_debug_mode("default")]
+
+
+def test_streams_wait_for_each_other(calls: mock.Mock) -> None:
+    """The new one for the one before, and then the other way round."""
+    before, new = (mock.create_autospec(STREAM, instance=True) for _ in range(2))
+    calls.current_stream.return_value, calls.Stream.return_value = before, new
+    with Machine().side_stream():
+        torch.cuda.stream.assert_called_once_with(new)
+        new.wait_stream.assert_called_once_with(before)
+        before.wait_stream.assert_not_called()
+    before.wait_stream.assert_called_once_with(new)
+    Machine().hold_up()
+    assert calls._sleep.call_count == 1
+
+
+def test_seconds_are_those_of_one_run_between_two_events(calls: mock.Mock) -> None:
+    first, last = (mock.create_autospec(EVENT, instance=True) for _ in range(2))
+    calls.Event.side_effect = [first, last]
+    first.elapsed_time.return_value = 30.0  # milliseconds
+    runs: list[bool] = []
+
+    def run() -> None:
+        runs.append(first.record.called and not last.record.called)
+
+    assert Machine().seconds(run, 10) == pytest.approx(3e-3)
+    assert runs == [True] * 10
+    first.elapsed_time.assert_called_once_with(last)
+    assert calls.synchronize.call_count == 2
+
+
+def test_a_sanitizer_that_finds_something_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    commands: list[list[str]] = []
+    code = 9
+
+    def run(command: list[str], **options: Any) -> Any:
+        commands.append(command)
+        return subprocess.CompletedProcess(command, code, "a race", "")
+
+    monkeypatch.setattr(passes.shutil, "which", lambda name: None)
+    with pytest.raises(Absent, match="no compute-sanitizer"):
+        passes.sanitized("racecheck")
+    monkeypatch.setattr(passes.shutil, "which", lambda name: name)
+    monkeypatch.setattr(passes.subprocess, "run", run)
+    with pytest.raises(AssertionError, match="racecheck: a race"):
+        passes.sanitized("racecheck")
+    code = 0
+    assert passes.sanitized("memcheck") == "nothing, in every 11th case"
+    assert [command[:3] for command in commands] == [
+        ["compute-sanitizer", "--tool", t] for t in ("racecheck", "memcheck")
+    ]
