@@ -16,3 +16,18 @@ def fresh_accelerator() -> Iterator[None]:
     state = sys.modules.get("accelerate.state")
     for name in ("AcceleratorState", "GradientState", "PartialState") if state is not None else ():
         getattr(state, name)._reset_state()
+
+
+@pytest.fixture(autouse=True)
+def no_process_group_is_left() -> Iterator[None]:
+    """Lightning's strategies leave the one that they have made, and its ranks in the environment, of which Accelerate
+    would then make use.
+    """
+    environment = dict(os.environ)
+    yield
+    for name in os.environ.keys() - environment.keys():
+        del os.environ[name]
+    os.environ.update(environment)
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
