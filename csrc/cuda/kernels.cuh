@@ -10,9 +10,13 @@
 namespace lookbehind_fused {
 namespace cuda {
 
-// 64 registers: four blocks run on a multiprocessor, each thread with up to seven 16-byte loads under way. Adam in
+// 64 registers: four blocks run on a multiprocessor, each thread with up to ten 16-byte loads under way. Adam in
 // double would spill some of them: 128.
 #define LOOKBEHIND_KERNEL __global__ void __launch_bounds__(kThreads, sizeof(P) == 8 ? 2 : 4)
+
+// How many runs of each array a thread reads before it uses the first, by how many arrays it keeps in registers. Twice
+// as many runs of more than two arrays would be spilled by some kernel.
+__device__ constexpr int runs_of(int arrays) { return arrays <= 2 ? 4 : arrays <= 5 ? 2 : 1; }
 
 // ASAM or not, as the kernels decide it.
 template <class T>
@@ -27,37 +31,41 @@ __device__ __forceinline__ void note(const Arguments& a) {
 
 // The sums of squares of T g and of g over this thread's elements, computed in T.
 template <class T, class P>
-__device__ __forceinline__ void sum_squares(double (&sums)[2], const Arguments& a, const Chunk<P>& chunk) {
+__device__ __forceinline__ void sum_squares(T (&sums)[2], const Arguments& a, const Chunk<P>& chunk, T eta) {
   const bool adapts = a.flags & kAdaptive;
-  const T eta = T(typename Compute<P>::type(chunk.hyper[kEta]));
   T scaled = 0, plain = 0;
-  walk(chunk, [&](auto width, int i) {
-    constexpr int N = width.value;
+  walk<sizeof(T) == sizeof(typename Compute<P>::type) ? runs_of(2) : 1>(chunk, [&](auto runs, int i) {
+    constexpr int N = runs.kElements;
     T g[N], w[N] = {};
-    read(g, chunk.grad + i);
-    if (adapts && a.perturbed) read(w, chunk.in(a.perturbed, i));
-    if (adapts && !a.perturbed) read(w, chunk.param + i);
+    read(runs, g, chunk.grad + i);
+    if (adapts && a.perturbed) read(runs, w, chunk.in(a.perturbed, i));
+    if (adapts && !a.perturbed) read(runs, w, chunk.param + i);
     for (int j = 0; j < N; ++j) {
       plain += g[j] * g[j];
       const T x = scaling(adapts, w[j], eta) * g[j];
       scaled += x * x;
     }
   });
-  sums[0] = double(scaled), sums[1] = double(plain);
+  sums[0] = scaled, sums[1] = plain;
 }
 
 template <class P>
 LOOKBEHIND_KERNEL reduce_sq_norm(const __grid_constant__ Arguments a) {
   using T = typename Compute<P>::type;
   __shared__ Chunk<P> chunk;
-  if (threadIdx.x == 0) chunk = Chunk<P>(a);
+  __shared__ T eta;
+  if (threadIdx.x == 0) {
+    chunk = Chunk<P>(a);
+    eta = T(chunk.hyper[kEta]);
+  }
   __syncthreads();
-  double sums[2];
-  sum_squares<T>(sums, a, chunk);
+  T sums[2];
+  sum_squares(sums, a, chunk, eta);
+  double x[] = {double(sums[0]), double(sums[1])};
   // The square of a finite float may not be one: where there is an infinite sum, this thread's terms in double.
   if constexpr (sizeof(T) < sizeof(double))
-    if (isinf(sums[0]) || isinf(sums[1])) sum_squares<double>(sums, a, chunk);
-  add_up(a, chunk, sums);
+    if (isinf(sums[0]) || isinf(sums[1])) sum_squares(x, a, chunk, double(eta));
+  add_up(a, chunk, x);
 }
 
 template <class T>
@@ -87,18 +95,18 @@ LOOKBEHIND_KERNEL ascend(const __grid_constant__ Arguments a) {
     note(a);
   }
   __syncthreads();
-  walk(chunk, [&](auto width, int i) {
-    constexpr int N = width.value;
+  walk<runs_of(2)>(chunk, [&](auto runs, int i) {
+    constexpr int N = runs.kElements;
     T g[N], w[N];
-    read(g, chunk.grad + i);
+    read(runs, g, chunk.grad + i);
     if (a.slow || !a.perturbed)
-      read(w, chunk.param + i);
+      read(runs, w, chunk.param + i);
     else
-      read(w, chunk.in(a.perturbed, i));
-    if (a.slow) write(chunk.in(a.slow, i), w);
+      read(runs, w, chunk.in(a.perturbed, i));
+    if (a.slow) write(runs, chunk.in(a.slow, i), w);
     for (int j = 0; j < N; ++j) w[j] = ascent(w[j], g[j]);
-    if (a.perturbed) write(chunk.in(a.perturbed, i), w);
-    write(chunk.param + i, w);
+    if (a.perturbed) write(runs, chunk.in(a.perturbed, i), w);
+    write(runs, chunk.param + i, w);
   });
 }
 
@@ -137,18 +145,18 @@ __device__ __forceinline__ void align_again(double (&sums)[3], const Arguments& 
   using T = typename Compute<P>::type;
   constexpr int kStates = Update::kStates;
   double ab = 0, aa = 0, bb = 0;
-  walk(chunk, [&](auto width, int i) {
-    constexpr int N = width.value;
+  walk<1>(chunk, [&](auto runs, int i) {
+    constexpr int N = runs.kElements;
     T fast_1[N], origin[N], w[N], state[kStates + 1][N];
-    read(fast_1, chunk.in(a.fast_from, i));
+    read(runs, fast_1, chunk.in(a.fast_from, i));
     copy(origin, fast_1);
-    if (a.slow) read(origin, chunk.in(static_cast<const void*>(a.slow), i));
-    if (a.first) read(fast_1, chunk.in(a.first, i));
-    for (int s = 0; s < kStates; ++s) read(state[s], chunk.in(a.state_from[s], i));
+    if (a.slow) read(runs, origin, chunk.in(static_cast<const void*>(a.slow), i));
+    if (a.first) read(runs, fast_1, chunk.in(a.first, i));
+    for (int s = 0; s < kStates; ++s) read(runs, state[s], chunk.in(a.state_from[s], i));
     if (a.perturbed)
-      read(w, chunk.in(a.perturbed, i));
+      read(runs, w, chunk.in(a.perturbed, i));
     else
-      read(w, chunk.param + i);
+      read(runs, w, chunk.param + i);
     for (int j = 0; j < N; ++j) {
       T own[kStates + 1];
       for (int s = 0; s < kStates; ++s) own[s] = state[s][j];
@@ -184,41 +192,44 @@ LOOKBEHIND_KERNEL descend(const __grid_constant__ Arguments a) {
   }
   __syncthreads();
   T ab = 0, aa = 0, bb = 0;
-  walk(chunk, [&](auto width, int i) {
-    constexpr int N = width.value;
-    T g[N], w[N], state[kStates + 1][N], x[N], origin[N], fast_1[N];
-    read(g, chunk.grad + i);
-    read(w, chunk.in(a.fast_from, i));
-    for (int s = 0; s < kStates; ++s) read(state[s], chunk.in(a.state_from[s], i));
-    if (kAscends && a.perturbed) read(x, chunk.in(a.perturbed, i));
-    if (kAscends && !a.perturbed) read(x, chunk.param + i);
-    copy(origin, w);
-    if (kHasOrigin && a.slow) read(origin, chunk.in(static_cast<const void*>(a.slow), i));
+  constexpr int kArrays = 2 + kStates + kAscends + 2 * kHasOrigin + kAligns;  // w and its origin are kept side by side
+  walk<runs_of(kArrays)>(chunk, [&](auto runs, int i) {
+    constexpr int N = runs.kElements;
+    T g[N], w[N], state[kStates + 1][N], x[N], origin[N], first[N] = {};
+    read(runs, g, chunk.grad + i);
+    read(runs, w, chunk.in(a.fast_from, i));
+    for (int s = 0; s < kStates; ++s) read(runs, state[s], chunk.in(a.state_from[s], i));
+    if (kAscends && a.perturbed) read(runs, x, chunk.in(a.perturbed, i));
+    if (kAscends && !a.perturbed) read(runs, x, chunk.param + i);
+    if (kAligns && a.first) read(runs, first, chunk.in(a.first, i));
+    if (kHasOrigin && a.slow)
+      read(runs, origin, chunk.in(static_cast<const void*>(a.slow), i));
+    else
+      copy(origin, w);  // last, since it waits for w
     for (int j = 0; j < N; ++j) {
       T own[kStates + 1];
       for (int s = 0; s < kStates; ++s) own[s] = state[s][j];
-      fast_1[j] = descent(w[j], g[j], own);
-      if (kHasOrigin && undone) fast_1[j] = w[j] = origin[j];
+      T fast_1 = descent(w[j], g[j], own);
       for (int s = 0; s < kStates; ++s) state[s][j] = own[s];
       if (kAscends) x[j] = ascent(x[j], g[j]);
+      if (kAligns && a.first) fast_1 = first[j];
+      if (kHasOrigin && undone) fast_1 = w[j] = origin[j];
       if (kPass == Pass::descend_interpolate) x[j] = interpolated(origin[j], w[j], descent.alpha);
-      if (kAligns) x[j] = w[j];
+      if (kAligns) {
+        const T to_first = fast_1 - origin[j], to_last = w[j] - origin[j];
+        x[j] = w[j], ab += to_first * to_last, aa += to_first * to_first, bb += to_last * to_last;
+      }
     }
     for (int s = 0; s < kStates; ++s)
-      if (!kHasOrigin || !undone) write(chunk.in(a.state[s], i), state[s]);
-    if (!kHasOrigin && a.fast) write(chunk.in(a.fast, i), w);
-    if ((kAscends || kAligns) && a.perturbed) write(chunk.in(a.perturbed, i), x);
-    if (kAscends || kHasOrigin) write(chunk.param + i, x);
-    if (kAligns && a.first && !undone) read(fast_1, chunk.in(a.first, i));  // so late for want of registers
-    for (int j = 0; kAligns && j < N; ++j) {
-      const T to_first = fast_1[j] - origin[j], to_last = w[j] - origin[j];
-      ab += to_first * to_last, aa += to_first * to_first, bb += to_last * to_last;
-    }
+      if (!kHasOrigin || !undone) write(runs, chunk.in(a.state[s], i), state[s]);
+    if (!kHasOrigin && a.fast) write(runs, chunk.in(a.fast, i), w);
+    if ((kAscends || kAligns) && a.perturbed) write(runs, chunk.in(a.perturbed, i), x);
+    if (kAscends || kHasOrigin) write(runs, chunk.param + i, x);
   });
   if constexpr (kAligns) {
     double sums[] = {double(ab), double(aa), double(bb)};
     if constexpr (sizeof(T) < sizeof(double))
-      if (isinf(sums[1]) || isinf(sums[2])) align_again(sums, a, chunk, descent);  // as in reduce_sq_norm
+      if (isinf(aa) || isinf(bb)) align_again(sums, a, chunk, descent);  // as in reduce_sq_norm
     add_up(a, chunk, sums);
   }
 }
@@ -239,16 +250,16 @@ LOOKBEHIND_KERNEL interpolate(const __grid_constant__ Arguments a) {
     alpha = T(adaptive_alpha(sums[0], sums[1], sums[2]));
   }
   __syncthreads();
-  walk(chunk, [&](auto width, int i) {
-    constexpr int N = width.value;
+  walk<runs_of(2)>(chunk, [&](auto runs, int i) {
+    constexpr int N = runs.kElements;
     T slow[N], fast[N];
-    read(slow, chunk.in(static_cast<const void*>(a.slow), i));
+    read(runs, slow, chunk.in(static_cast<const void*>(a.slow), i));
     if (a.perturbed)
-      read(fast, chunk.in(a.perturbed, i));
+      read(runs, fast, chunk.in(a.perturbed, i));
     else
-      read(fast, chunk.param + i);
+      read(runs, fast, chunk.param + i);
     for (int j = 0; j < N; ++j) fast[j] = interpolated(slow[j], fast[j], alpha);
-    write(chunk.param + i, fast);
+    write(runs, chunk.param + i, fast);
   });
 }
 

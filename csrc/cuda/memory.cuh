@@ -51,23 +51,38 @@ struct Access<2> {
   using type = unsigned short;
 };
 
-// N consecutive elements in one access, as the compute type.
-template <int N, class P, class T>
-__device__ __forceinline__ void read(T (&to)[N], const P* from) {
+// The elements that a thread has at once: kWide consecutive ones in one access, and kRuns such runs, each beside those
+// that the block's other threads have.
+template <int kWide_, int kRuns_>
+struct Runs {
+  static constexpr int kWide = kWide_, kRuns = kRuns_, kElements = kWide * kRuns, kApart = kThreads * kWide;
+};
+
+// A thread's elements, the first of which is at ``from``, as the compute type.
+template <class R, class P, class T>
+__device__ __forceinline__ void read(R, T (&to)[R::kElements], const P* from) {
+  using Bits = typename Access<sizeof(P) * R::kWide>::type;
   __builtin_assume(__isGlobal(from));
-  const auto bits = *reinterpret_cast<const typename Access<sizeof(P) * N>::type*>(from);
-  P elements[N];
-  memcpy(elements, &bits, sizeof(bits));
-  for (int j = 0; j < N; ++j) to[j] = widened(elements[j]);
+#pragma unroll
+  for (int run = 0; run < R::kRuns; ++run) {
+    const Bits bits = *reinterpret_cast<const Bits*>(from + run * R::kApart);
+    P elements[R::kWide];
+    memcpy(elements, &bits, sizeof(bits));
+    for (int j = 0; j < R::kWide; ++j) to[run * R::kWide + j] = widened(elements[j]);
+  }
 }
 
-template <int N, class P, class T>
-__device__ __forceinline__ void write(P* to, const T (&from)[N]) {
-  P elements[N];
-  for (int j = 0; j < N; ++j) round_to(elements[j], from[j]);
-  typename Access<sizeof(P) * N>::type bits;
-  memcpy(&bits, elements, sizeof(bits));
-  __stwb(reinterpret_cast<typename Access<sizeof(P) * N>::type*>(to), bits);  // the default, but never taken apart
+template <class R, class P, class T>
+__device__ __forceinline__ void write(R, P* to, const T (&from)[R::kElements]) {
+  using Bits = typename Access<sizeof(P) * R::kWide>::type;
+#pragma unroll
+  for (int run = 0; run < R::kRuns; ++run) {
+    P elements[R::kWide];
+    for (int j = 0; j < R::kWide; ++j) round_to(elements[j], from[run * R::kWide + j]);
+    Bits bits;
+    memcpy(&bits, elements, sizeof(bits));
+    __stwb(reinterpret_cast<Bits*>(to + run * R::kApart), bits);  // the default, but never taken apart
+  }
 }
 
 template <int N, class T>
@@ -114,20 +129,19 @@ struct Chunk {
   }
 };
 
-template <int N>
-struct Width {
-  static constexpr int value = N;
-};
-
-// Call f(Width<N>, i) for all of this thread's runs of N elements, from element i of the chunk on: vectors as far as
-// addresses and size allow, then one at a time.
-template <class P, class F>
+// Call f(Runs, i) for all of this thread's elements, from element i of the chunk on: vectors as far as addresses and
+// size allow, kRuns of them at once while there are as many, then one element at a time. For all that the compiler
+// knows, a store may be to where a later load is from: only what f reads before it writes is under way at once.
+template <int kRuns, class P, class F>
 __device__ __forceinline__ void walk(const Chunk<P>& chunk, const F& f) {
   constexpr int kWide = Chunk<P>::kWide, kBlock = Chunk<P>::kBlock;
+  int i = threadIdx.x * kWide;
 #pragma unroll 1
-  for (int i = threadIdx.x * kWide; i < chunk.wide; i += kBlock) f(Width<kWide>(), i);
+  for (; kRuns > 1 && i < chunk.wide - (kRuns - 1) * kBlock; i += kRuns * kBlock) f(Runs<kWide, kRuns>(), i);
 #pragma unroll 1
-  for (int i = chunk.wide + threadIdx.x; i < chunk.count; i += kThreads) f(Width<1>(), i);
+  for (; i < chunk.wide; i += kBlock) f(Runs<kWide, 1>(), i);
+#pragma unroll 1
+  for (i = chunk.wide + threadIdx.x; i < chunk.count; i += kThreads) f(Runs<1, 1>(), i);
 }
 
 }  // namespace cuda

@@ -22,7 +22,7 @@ __device__ __forceinline__ void sum_over_block(double (&x)[kTerms]) {
   __syncthreads();
   for (int t = 0; t < kTerms; ++t) {
     x[t] = 0;
-    for (int w = 0; w < kWarps; ++w) x[t] += of_warps[t][w];
+    for (int w = 0; threadIdx.x == 0 && w < kWarps; ++w) x[t] += of_warps[t][w];
   }
   __syncthreads();  // before of_warps is written again
 }
