@@ -451,21 +451,30 @@ def _descend_blocks(
         in_tensor, here = begin + offset, tl.arange(0, WIDTH) < to - offset
         at = start + in_tensor
         params = _of_tensor(address, in_tensor, P, WHOLE)
+        # All reads before the first write: it may be to where a later read is from, for all that the compiler knows.
         g = _read(_of_tensor(gradient, in_tensor, P, WHOLE), here, T, WHOLE)
         given = _read(_of_buffer(fast_from, at, WHOLE), here, T, WHOLE)
         m0, m1, m2 = _read_state(state_from, at, here, g, T, WHOLE)
+        x, origin, fast_1 = g, given, given
+        if ASCENDS:
+            if perturbed is None:
+                x = _read(params, here, T, WHOLE)
+            else:
+                x = _read(_of_buffer(perturbed, at, WHOLE), here, T, WHOLE)
+        if (INTERPOLATES or ALIGNS) and slow is not None:
+            origin = _read(_of_buffer(slow, at, WHOLE), here, T, WHOLE)
+        if ALIGNS and first is not None:
+            fast_1 = _read(_of_buffer(first, at, WHOLE), here, T, WHOLE)
         before = given
         if DERIVES:
             before = _derived(given, m0, m1, m2, constants, RULE)
         o0, o1, o2 = m0, m1, m2
         w, m0, m1, m2 = _updated(before, g * scale, o0, o1, o2, constants, RULE)
-        origin = given
-        if INTERPOLATES or ALIGNS:
-            if slow is not None:
-                origin = _read(_of_buffer(slow, at, WHOLE), here, T, WHOLE)
-            if SKIPS:  # the step does not take place: its weights are the slow ones, its state stays
-                before, w = tl.where(moves, before, origin), tl.where(moves, w, origin)
-                o0, o1, o2 = _read_state(state, at, here, g, T, WHOLE)
+        if ALIGNS and first is not None:
+            before = fast_1
+        if SKIPS and (INTERPOLATES or ALIGNS):  # the step does not take place: its weights are slow, its state stays
+            before, w = tl.where(moves, before, origin), tl.where(moves, w, origin)
+            o0, o1, o2 = _read_state(state, at, here, g, T, WHOLE)
         if SKIPS:
             w = tl.where(moves, w, before)
             m0, m1, m2 = tl.where(moves, m0, o0), tl.where(moves, m1, o1), tl.where(moves, m2, o2)
@@ -478,10 +487,6 @@ def _descend_blocks(
         if fast is not None:
             _write(_of_buffer(fast, at, WHOLE), w, here, WHOLE)
         if ASCENDS:
-            if perturbed is None:
-                x = _read(params, here, T, WHOLE)
-            else:
-                x = _read(_of_buffer(perturbed, at, WHOLE), here, T, WHOLE)
             ascended = _ascended(x, g, factor, eta, ADAPTS)
             x = tl.where(moves, ascended, x) if SKIPS else ascended
             if perturbed is not None:
@@ -491,9 +496,6 @@ def _descend_blocks(
             if INTERPOLATES:
                 _write(params, _interpolated(origin, w, alpha), here, WHOLE)
             else:
-                if first is not None:
-                    fast_1 = _read(_of_buffer(first, at, WHOLE), here, T, WHOLE)
-                    before = tl.where(moves, fast_1, origin) if SKIPS else fast_1
                 if perturbed is not None:
                     _write(_of_buffer(perturbed, at, WHOLE), w, here, WHOLE)
                 _write(params, w, here, WHOLE)
