@@ -126,20 +126,22 @@ def _write(pointers, values, here, WHOLE: tl.constexpr):
 
 
 # ---- numbers: 0-dim float64, as on the host --------------------------------------------------------------------------
+#
+# Triton has every thread compute them, so that on GPUs with little double arithmetic each operation here counts.
 
 
 @triton.jit
-def _total_norm(sq_norms, buckets, COLUMN: tl.constexpr):
-    """||T g|| (column 0) or ||g|| (column 1) over all buckets."""
+def _sq_norm(sq_norms, buckets, COLUMN: tl.constexpr):
+    """||T g||^2 (column 0) or ||g||^2 (column 1) over all buckets."""
     total = tl.full([], 0.0, tl.float64)
     for bucket in range(buckets):
         total += tl.load(sq_norms + 2 * bucket + COLUMN)
-    return tl.sqrt(total)
+    return total
 
 
 @triton.jit
 def _ascent_factor(sq_norms, buckets, hyper):
-    return tl.load(hyper + RHO) / (_total_norm(sq_norms, buckets, 0) + NORM_EPSILON)
+    return tl.load(hyper + RHO) / (tl.sqrt(_sq_norm(sq_norms, buckets, 0)) + NORM_EPSILON)
 
 
 @triton.jit
@@ -149,7 +151,7 @@ def _gradient_scale(sq_norms, buckets, hyper, flags, CLIPS: tl.constexpr):
     scale = tl.where((flags & MAXIMIZE) != 0, -unscale, unscale)
     if CLIPS:
         most = tl.load(hyper + MAX_GRAD_NORM)
-        clip = most / (tl.abs(unscale) * _total_norm(sq_norms, buckets, 1) + CLIP_EPSILON)
+        clip = most / (tl.abs(unscale) * tl.sqrt(_sq_norm(sq_norms, buckets, 1)) + CLIP_EPSILON)
         scale *= tl.where((clip > 1.0) | (most == float("inf")), 1.0, clip)  # NaN stays NaN
     return scale
 
@@ -158,7 +160,7 @@ def _gradient_scale(sq_norms, buckets, hyper, flags, CLIPS: tl.constexpr):
 def _moves(sq_norms, buckets, SKIPS: tl.constexpr):
     """Whether an evaluation moves anything: where it may be skipped, only if ||T g|| and ||g|| are finite."""
     if SKIPS:
-        scaled, plain = _total_norm(sq_norms, buckets, 0), _total_norm(sq_norms, buckets, 1)
+        scaled, plain = _sq_norm(sq_norms, buckets, 0), _sq_norm(sq_norms, buckets, 1)
         return (scaled < float("inf")) & (plain < float("inf"))  # NaN is not
     else:
         return True

@@ -236,8 +236,8 @@ def many_tensors() -> Iterable[Case]:
 
 
 def moved(executor: Executor, name: str, rule: str, flags: int, reads: int, writes: int) -> str:
-    """What is wrong with the accesses of a pass over whole chunks of float32: how many arrays of the model's size it
-    reads and writes, each once and 16 bytes at a time.
+    """What is wrong with a pass over whole chunks of float32: how many arrays of the model's size it reads and writes,
+    each once and 16 bytes at a time; and how often it computes in double: but for sums one thread of a block does.
     """
     case = full_case(name, rule, flags, torch.float32)
     if "grads" in case.arguments:
@@ -252,9 +252,15 @@ def moved(executor: Executor, name: str, rule: str, flags: int, reads: int, writ
     read, written = [t.read for t in found if t.read], [t.written for t in found if t.written]
     dynamic = launch["stats"]["dyn"]
     wide = 16 * sum(count for access, count in dynamic.items() if ".global" in access and ".v4." in access)
-    if (read, written) == ([4 * size] * reads, [4 * size] * writes) and wide == sum(read) + sum(written):
+    moves = ("ld.", "st.", "mov.")
+    double = sum(n for access, n in dynamic.items() if ".f64" in access and not access.startswith(moves))
+    # A sum of each thread is converted, then added up over a warp's 32 in five steps; the last block does this again.
+    terms = {"reduce_sq_norm": 2, "descend_align": 3}.get(name, 0)
+    most = (1 + 2 * 5) * terms * 256 + 256
+    fits = double <= size // device.CHUNK * most
+    if (read, written) == ([4 * size] * reads, [4 * size] * writes) and wide == sum(read) + sum(written) and fits:
         return ""
-    return f"{name} {rule} {flags}: reads {read}, writes {written}, 16 bytes at a time {wide}"
+    return f"{name} {rule} {flags}: reads {read}, writes {written}, 16 bytes at a time {wide}, in double {double}"
 
 
 def refusals(executor: Executor) -> Iterable[str]:

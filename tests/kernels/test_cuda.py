@@ -5,7 +5,6 @@ runs in a process of its own (``tests.kernels.cuda_cases``).
 """
 
 import re
-import subprocess
 import warnings
 from pathlib import Path
 
@@ -15,7 +14,8 @@ import torch
 from lookbehind_fused import Lookbehind
 from lookbehind_fused.kernels import SCHEMAS, cuda, native, reference, resolve, triton
 from tests.kernels.cuda_build import CAPABILITIES, Build, missing
-from tests.kernels.mutants import assert_noticed, assert_passed, cases_of, copied_to, mutate
+from tests.kernels.machine_code import disassembled, loads_under_way
+from tests.kernels.mutants import ROOT, assert_noticed, assert_passed, cases_of, copied_to, mutate
 from tests.kernels.test_triton import run
 from tests.sampling import fewer, sample
 
@@ -146,13 +146,28 @@ def test_a_mutant_is_seen(mutant: str, tmp_path: Path) -> None:
 # ---- machine code ----------------------------------------------------------------------------------------------------
 
 
-def disassembled(cubin: Path) -> dict[str, str]:
-    """The machine code of each kernel."""
-    from gpusim.aot import NVBIN
+# Of each pass and rule: the arrays that a thread reads whatever it is given (of the base optimizer's own steps the fast
+# weights alone), and how many runs of each before it uses the first.
+READ = {
+    "reduce_sq_norm": {"": (1, 4)},
+    "ascend": {"": (2, 4)},
+    "descend": {"none": (1, 4), "sgd": (2, 4), "momentum": (3, 2), "adam": (4, 2), "amsgrad": (5, 2)},
+    "descend_ascend": {"none": (3, 2), "sgd": (3, 2), "momentum": (4, 2), "adam": (5, 2), "amsgrad": (6, 1)},
+    "descend_interpolate": {"none": (1, 2), "sgd": (2, 2), "momentum": (3, 2), "adam": (4, 1), "amsgrad": (5, 1)},
+    "descend_align": {"none": (1, 2), "sgd": (2, 2), "momentum": (3, 1), "adam": (4, 1), "amsgrad": (5, 1)},
+    "interpolate": {"": (2, 4)},
+}
+RULES = {"NoRuleI": "none", "SgdI.Li0": "sgd", "SgdI.Li1": "momentum", "AdamI.Li0": "adam", "AdamI.Li1": "amsgrad"}
 
-    command = [f"{NVBIN}/nvdisasm", "-c", str(cubin)]
-    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return dict(re.findall(r"^\.text\.(\w+):\n(.*?)(?=^\.text\.|\Z)", printed, re.DOTALL | re.MULTILINE))
+
+def pass_and_rule(kernel: str) -> tuple[str, str]:
+    """By the kernel's name in machine code; the rule is "" where the pass has none."""
+    header = (ROOT / "csrc" / "cpu" / "chunk.h").read_text()
+    passes = re.findall(r"\w+", re.search(r"enum class Pass {(.*?)}", header, re.DOTALL)[1])
+    number = re.search(r"PassE(\d)", kernel)
+    if number:
+        return passes[int(number[1])], next(rule for pattern, rule in RULES.items() if re.search(pattern, kernel))
+    return next(name for name in ("reduce_sq_norm", "ascend", "interpolate") if name in kernel), ""
 
 
 @needs_tools
@@ -160,8 +175,8 @@ def disassembled(cubin: Path) -> dict[str, str]:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "float64"])
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_registers_spills_and_wide_accesses(capability: int, dtype: str, tmp_path: Path) -> None:
-    """At most 64 registers (128 in double), no stack, little shared memory, and no access of 16 bytes of the PTX that
-    the machine code takes apart.
+    """At most 64 registers (128 in double), no stack, little shared memory, no access of 16 bytes of the PTX that the
+    machine code takes apart, and as many loads before the first use or store as there are to be.
     """
     build = Build() if sample.everything else Build([dtype], [capability])
     cubin = tmp_path / "kernels.cubin"
@@ -181,6 +196,11 @@ def test_registers_spills_and_wide_accesses(capability: int, dtype: str, tmp_pat
             wide = re.findall(rf"{load_or_store}\.global\.(?:wb\.)?(?:v4\.[uf]32|v2\.f64)", kernel)
             assert len(wide) == len(re.findall(rf"{machine}\.E\.(?:\w+\.)*128", code[name])), f"{name}: {machine}"
         assert re.search(r"ld\.global\.v", kernel), name
+        of_pass, rule = pass_and_rule(name)
+        arrays, runs = READ[of_pass][rule]
+        walk = code[name][code[name].index("BAR.SYNC") :]  # one thread alone reads the tables before
+        under_way = loads_under_way(walk, 64 if dtype in ("bfloat16", "float16") else 128)
+        assert under_way >= arrays * runs, f"{of_pass} {rule}: {under_way} loads under way"
 
 
 # ---- the backend -----------------------------------------------------------------------------------------------------

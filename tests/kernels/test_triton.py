@@ -21,6 +21,7 @@ from lookbehind_fused import Lookbehind
 from lookbehind_fused.kernels import SCHEMAS, Flag, RuleId, cuda, device, triton
 from lookbehind_fused.kernels.contract import Column
 from lookbehind_fused.kernels.schema import ARGUMENTS
+from tests.kernels.machine_code import disassembled, loads_under_way
 from tests.kernels.mutants import MISSING, ROOT, assert_noticed, assert_passed, cases_of, copied_to, mutate
 from tests.kernels.passes import DESCENTS, Case
 from tests.sampling import fewer, sample
@@ -486,10 +487,10 @@ def full_case(name: str, rule: str, flags: int, dtype: torch.dtype, size: int = 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("capability", [80, 90, 100])
 def test_registers_spills_and_wide_accesses(
-    capability: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    capability: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """At most 64 registers, no stack, 16-byte accesses of every full-size array (8 of 16-bit ones), little shared
-    memory.
+    memory, and in float32 a load of each of these arrays before the first use or store.
     """
     from gpusim.aot import resources, vector_accesses
 
@@ -511,6 +512,11 @@ def test_registers_spills_and_wide_accesses(
             )
         assert wide["ld"] >= reads, f"{what}: {found}"
         assert wide["st"] >= writes, f"{what}: {found}"
+        if dtype == torch.float32:  # else there are accesses as narrow as those of the tables
+            cubin = tmp_path / "kernel.cubin"
+            cubin.write_bytes(kernel.asm["cubin"])
+            (code,) = disassembled(cubin).values()
+            assert loads_under_way(code) >= reads, what
 
 
 def test_an_amd_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
