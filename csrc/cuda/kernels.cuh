@@ -36,14 +36,13 @@ __device__ __forceinline__ void sum_squares(T (&sums)[2], const Arguments& a, co
   T scaled = 0, plain = 0;
   walk<sizeof(T) == sizeof(typename Compute<P>::type) ? runs_of(2) : 1>(chunk, [&](auto runs, int i) {
     constexpr int N = runs.kElements;
-    T g[N], w[N] = {};
-    read(runs, g, chunk.grad + i);
+    const Stored<decltype(runs), P> g(chunk.grad + i);
+    T w[N] = {};
     if (adapts && a.perturbed) read(runs, w, chunk.in(a.perturbed, i));
     if (adapts && !a.perturbed) read(runs, w, chunk.param + i);
     for (int j = 0; j < N; ++j) {
-      plain += g[j] * g[j];
-      const T x = scaling(adapts, w[j], eta) * g[j];
-      scaled += x * x;
+      const T own = g[j], x = scaling(adapts, w[j], eta) * own;
+      plain += own * own, scaled += x * x;
     }
   });
   sums[0] = scaled, sums[1] = plain;
@@ -97,8 +96,8 @@ LOOKBEHIND_KERNEL ascend(const __grid_constant__ Arguments a) {
   __syncthreads();
   walk<runs_of(2)>(chunk, [&](auto runs, int i) {
     constexpr int N = runs.kElements;
-    T g[N], w[N];
-    read(runs, g, chunk.grad + i);
+    const Stored<decltype(runs), P> g(chunk.grad + i);
+    T w[N];
     if (a.slow || !a.perturbed)
       read(runs, w, chunk.param + i);
     else
@@ -195,8 +194,8 @@ LOOKBEHIND_KERNEL descend(const __grid_constant__ Arguments a) {
   constexpr int kArrays = 2 + kStates + kAscends + 2 * kHasOrigin + kAligns;  // w and its origin are kept side by side
   walk<runs_of(kArrays)>(chunk, [&](auto runs, int i) {
     constexpr int N = runs.kElements;
-    T g[N], w[N], state[kStates + 1][N], x[N], origin[N], first[N] = {};
-    read(runs, g, chunk.grad + i);
+    const Stored<decltype(runs), P> g(chunk.grad + i);
+    T w[N], state[kStates + 1][N], x[N], origin[N], first[N] = {};
     read(runs, w, chunk.in(a.fast_from, i));
     for (int s = 0; s < kStates; ++s) read(runs, state[s], chunk.in(a.state_from[s], i));
     if (kAscends && a.perturbed) read(runs, x, chunk.in(a.perturbed, i));

@@ -58,18 +58,29 @@ struct Runs {
   static constexpr int kWide = kWide_, kRuns = kRuns_, kElements = kWide * kRuns, kApart = kThreads * kWide;
 };
 
-// A thread's elements, the first of which is at ``from``, as the compute type.
+// A thread's elements, the first of which is at ``from``, as they are stored until each is used: widening one waits for
+// its load.
+template <class R, class P>
+struct Stored {
+  using Bits = typename Access<sizeof(P) * R::kWide>::type;
+  Bits runs[R::kRuns];
+  __device__ __forceinline__ explicit Stored(const P* from) {
+    __builtin_assume(__isGlobal(from));
+#pragma unroll
+    for (int run = 0; run < R::kRuns; ++run) runs[run] = *reinterpret_cast<const Bits*>(from + run * R::kApart);
+  }
+  __device__ __forceinline__ typename Compute<P>::type operator[](int j) const {
+    P elements[R::kWide];
+    memcpy(elements, &runs[j / R::kWide], sizeof(elements));
+    return widened(elements[j % R::kWide]);
+  }
+};
+
+// The same as the compute type.
 template <class R, class P, class T>
 __device__ __forceinline__ void read(R, T (&to)[R::kElements], const P* from) {
-  using Bits = typename Access<sizeof(P) * R::kWide>::type;
-  __builtin_assume(__isGlobal(from));
-#pragma unroll
-  for (int run = 0; run < R::kRuns; ++run) {
-    const Bits bits = *reinterpret_cast<const Bits*>(from + run * R::kApart);
-    P elements[R::kWide];
-    memcpy(elements, &bits, sizeof(bits));
-    for (int j = 0; j < R::kWide; ++j) to[run * R::kWide + j] = widened(elements[j]);
-  }
+  const Stored<R, P> stored(from);
+  for (int j = 0; j < R::kElements; ++j) to[j] = stored[j];
 }
 
 template <class R, class P, class T>
