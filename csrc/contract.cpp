@@ -37,6 +37,7 @@ constexpr struct {
     {"Column.GROUP", kGroup},
     {"Column.ADDRESS", kAddress},
     {"Column.SIZES", kSizes},
+    {"INLINED", kInlined},
 };
 
 std::string contract() {

@@ -28,6 +28,8 @@ enum OfAdam { kAdamLr = kOfRule, kAdamBeta1, kAdamBeta2, kAdamEps, kAdamWeightDe
 // The columns of ``table``; kSizes is the first of the sizes, and as many strides follow them.
 enum Column { kRow, kStart, kSize, kGroup, kAddress, kSizes };
 
+constexpr int kInlined = 440;  // gradients whose addresses go with a launch of the CUDA backend
+
 // How many buffers a rule's state has, and how many numbers of its own.
 struct Extent {
   int buffers, numbers;

@@ -90,28 +90,6 @@ T* numbers_of(const char* name, const Tensor& tensor, int64_t needed) {
   return static_cast<T*>(info.data);
 }
 
-// Sizes and strides of a tensor. Rows of ``table`` are padded in front with dimensions of one element.
-struct Layout {
-  int64_t dim;
-  const int64_t* sizes;
-  const int64_t* strides;
-};
-
-bool same_sizes(const TensorInfo& a, const Layout& b) {
-  const int64_t padding = b.dim - a.dim;
-  if (padding < 0) return false;
-  for (int64_t d = 0; d < b.dim; ++d)
-    if (b.sizes[d] != (d < padding ? 1 : a.sizes[d - padding])) return false;
-  return true;
-}
-
-// Of two tensors of the same sizes.
-bool same_strides(const TensorInfo& a, const Layout& b) {
-  for (int64_t d = 0; d < a.dim; ++d)
-    if (a.sizes[d] != 1 && a.strides[d] != b.strides[d + b.dim - a.dim]) return false;
-  return true;
-}
-
 // The elements of ``from`` in the memory order of ``like``, a dense tensor of the same sizes.
 std::vector<char> in_memory_order(const TensorInfo& from, const Layout& like, int64_t width) {
   std::vector<char> copy(from.numel * width);
@@ -173,11 +151,11 @@ struct Work : Addresses {
     if (count == 0) return;
     const int32_t wanted = tensors.empty() ? gradients[0].dtype : tensors[0].dtype;
     dtype = dtype_of(wanted);
-    const int64_t width = table.size(1), dim = (width - kSizes) / 2;
-    const int64_t* layouts = numbers_of<int64_t>("table", table, 0) + kSizes;
+    const int64_t width = table.size(1);
+    const int64_t* numbers = numbers_of<int64_t>("table", table, 0);
     for (int64_t t = 0; t < count; ++t) {
       const TensorInfo& grad = gradients[t];
-      const Layout like = tensors.empty() ? Layout{dim, layouts + t * width, layouts + t * width + dim}
+      const Layout like = tensors.empty() ? layout_in(numbers + t * width, width)
                                           : Layout{tensors[t].dim, tensors[t].sizes, tensors[t].strides};
       STD_TORCH_CHECK(grad.dtype == wanted, "grads: tensor ", t, " has another dtype than its parameter");
       STD_TORCH_CHECK(grad.numel == rows[t].size && same_sizes(grad, like), "grads: tensor ", t,

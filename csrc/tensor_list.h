@@ -8,6 +8,8 @@
 #include <memory>
 #include <vector>
 
+#include "contract.h"
+
 namespace lookbehind_fused {
 
 struct TensorInfo {
@@ -29,6 +31,34 @@ inline TensorInfo info_of(AtenTensorHandle tensor) {
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor, &info.dtype));
   info.sizes = sizes, info.strides = strides;
   return info;
+}
+
+// Sizes and strides of a tensor. Rows of ``table`` are padded in front with dimensions of one element.
+struct Layout {
+  int64_t dim;
+  const int64_t* sizes;
+  const int64_t* strides;
+};
+
+inline bool same_sizes(const TensorInfo& a, const Layout& b) {
+  const int64_t padding = b.dim - a.dim;
+  if (padding < 0) return false;
+  for (int64_t d = 0; d < b.dim; ++d)
+    if (b.sizes[d] != (d < padding ? 1 : a.sizes[d - padding])) return false;
+  return true;
+}
+
+// Of two tensors of the same sizes.
+inline bool same_strides(const TensorInfo& a, const Layout& b) {
+  for (int64_t d = 0; d < a.dim; ++d)
+    if (a.sizes[d] != 1 && a.strides[d] != b.strides[d + b.dim - a.dim]) return false;
+  return true;
+}
+
+// That of a tensor by its row of ``table``, which has so many columns.
+inline Layout layout_in(const int64_t* row, int64_t columns) {
+  const int64_t dim = (columns - kSizes) / 2;
+  return {dim, row + kSizes, row + kSizes + dim};
 }
 
 // Holds its tensors until the op returns: a negated or conjugate view comes as a copy that nobody else holds. Copies of

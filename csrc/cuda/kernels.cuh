@@ -29,42 +29,43 @@ __device__ __forceinline__ void note(const Arguments& a) {
   if (a.done && blockIdx.x == 0) *a.done = 1;
 }
 
-// The sums of squares of T g and of g over this thread's elements, computed in T.
-template <class T, class P>
-__device__ __forceinline__ void sum_squares(T (&sums)[2], const Arguments& a, const Chunk<P>& chunk, T eta) {
+// The sums of squares of T g and of g over this thread's elements; those that it has at once are added up in T.
+template <class T, int kRuns, class P>
+__device__ __forceinline__ void sum_squares(double (&sums)[2], const Arguments& a, const Chunk<P, kSpan>& chunk,
+                                            T eta) {
   const bool adapts = a.flags & kAdaptive;
-  T scaled = 0, plain = 0;
-  walk<sizeof(T) == sizeof(typename Compute<P>::type) ? runs_of(2) : 1>(chunk, [&](auto runs, int i) {
+  sums[0] = sums[1] = 0;
+  walk<kRuns>(chunk, [&](auto runs, int i) {
     constexpr int N = runs.kElements;
     const Stored<decltype(runs), P> g(chunk.grad + i);
     T w[N] = {};
     if (adapts && a.perturbed) read(runs, w, chunk.in(a.perturbed, i));
     if (adapts && !a.perturbed) read(runs, w, chunk.param + i);
+    T scaled = 0, plain = 0;
     for (int j = 0; j < N; ++j) {
       const T own = g[j], x = scaling(adapts, w[j], eta) * own;
       plain += own * own, scaled += x * x;
     }
+    sums[0] += scaled, sums[1] += plain;
   });
-  sums[0] = scaled, sums[1] = plain;
 }
 
 template <class P>
 LOOKBEHIND_KERNEL reduce_sq_norm(const __grid_constant__ Arguments a) {
   using T = typename Compute<P>::type;
-  __shared__ Chunk<P> chunk;
+  __shared__ Chunk<P, kSpan> chunk;
   __shared__ T eta;
   if (threadIdx.x == 0) {
-    chunk = Chunk<P>(a);
-    eta = T(chunk.hyper[kEta]);
+    chunk = Chunk<P, kSpan>(a);
+    if (a.flags & kAdaptive) eta = T(chunk.hyper[kEta]);
   }
   __syncthreads();
-  T sums[2];
-  sum_squares(sums, a, chunk, eta);
-  double x[] = {double(sums[0]), double(sums[1])};
+  double sums[2];
+  sum_squares<T, runs_of(2)>(sums, a, chunk, eta);
   // The square of a finite float may not be one: where there is an infinite sum, this thread's terms in double.
   if constexpr (sizeof(T) < sizeof(double))
-    if (isinf(sums[0]) || isinf(sums[1])) sum_squares(x, a, chunk, double(eta));
-  add_up(a, chunk, x);
+    if (isinf(sums[0]) || isinf(sums[1])) sum_squares<double, 1>(sums, a, chunk, eta);
+  add_up(a, chunk, sums);
 }
 
 template <class T>
@@ -301,11 +302,13 @@ Kernel find(Pass pass, Rule rule) {
 }
 
 template <class P>
-const char* launch(Pass pass, Rule rule, Arguments arguments, uint32_t blocks, void* stream) {
-  void* given[] = {&arguments};
+const char* launch(Pass pass, Rule rule, const Arguments& arguments, uint32_t blocks, void* stream) {
+  void* given[] = {const_cast<Arguments*>(&arguments)};
   const void* kernel = reinterpret_cast<const void*>(find<P>(pass, rule));
+  cudaFuncAttributes attributes;
   cudaError_t error =
-      cudaLaunchKernel(kernel, dim3(blocks), dim3(kThreads), given, 0, static_cast<cudaStream_t>(stream));
+      blocks ? cudaLaunchKernel(kernel, dim3(blocks), dim3(kThreads), given, 0, static_cast<cudaStream_t>(stream))
+             : cudaFuncGetAttributes(&attributes, kernel);
   if (error == cudaSuccess) error = cudaGetLastError();
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }

@@ -9,15 +9,16 @@
 namespace lookbehind_fused {
 namespace cuda {
 
-constexpr int kChunk = 4096;            // elements of a block of threads
+constexpr int kChunk = 4096;            // elements of a block of threads,
+constexpr int kSpan = 8 * kChunk;       // and of one that writes none: it has as much to do
 constexpr int kColumns = kAddress + 1;  // of ``table``, that kernels are given
-
 // Addresses in device memory; null where a pass has no use for them. lookbehind_fused/kernels/device.py says what the
 // tables hold. Flat buffers are in the type that is computed in.
 struct Arguments {
   const int64_t* rows;    // of each tensor: the columns of ``table`` up to the address
   const int32_t* chunks;  // of each block: its tensor and its number within that tensor
-  const int64_t* grads;   // of each tensor: its gradient's address
+  const int64_t*
+      grads;  // of each tensor: its gradient's address; null where ``inlined`` has them, or where there are none
   void* perturbed;
   void* slow;
   void* fast;
@@ -39,10 +40,12 @@ struct Arguments {
   double* out;    // the sums
   int32_t* done;  // where a launch is noted
   int64_t flags;
+  int64_t inlined[kInlined];
 };
+static_assert(sizeof(Arguments) <= 4096, "what a launch takes on every GPU");
 
-// Launch a pass on ``stream`` (a cudaStream_t) with ``blocks`` blocks. Returns null, or CUDA's message if it does not
-// take the launch.
+// Launch a pass on ``stream`` (a cudaStream_t) with ``blocks`` blocks; of none, look whether there is code for the
+// current device. Returns null, or CUDA's message if it does not take the launch.
 const char* launch_f64(Pass pass, Rule rule, const Arguments& arguments, uint32_t blocks, void* stream);
 const char* launch_f32(Pass pass, Rule rule, const Arguments& arguments, uint32_t blocks, void* stream);
 const char* launch_bf16(Pass pass, Rule rule, const Arguments& arguments, uint32_t blocks, void* stream);

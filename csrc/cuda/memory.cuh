@@ -101,8 +101,8 @@ __device__ __forceinline__ void copy(T (&to)[N], const T (&from)[N]) {
   for (int j = 0; j < N; ++j) to[j] = from[j];
 }
 
-// The chunk of this block. In shared memory it leaves registers to loads.
-template <class P>
+// The elements of this block, kLength or what is left of the tensor. In shared memory it leaves registers to loads.
+template <class P, int kLength = kChunk>
 struct Chunk {
   using T = typename Compute<P>::type;
   static constexpr int kWide = 16 / sizeof(T);  // consecutive elements of a thread where a chunk is walked in vectors
@@ -119,18 +119,18 @@ struct Chunk {
   __device__ __forceinline__ explicit Chunk(const Arguments& a) {
     tensor = a.chunks[2 * int64_t(blockIdx.x)], number = a.chunks[2 * int64_t(blockIdx.x) + 1];
     const int64_t* of_tensor = a.rows + kColumns * int64_t(tensor);
-    const int64_t begin = int64_t(number) * kChunk, address = of_tensor[kAddress];
-    const int64_t gradient = a.grads ? a.grads[tensor] : address;
+    const int64_t begin = int64_t(number) * kLength, address = of_tensor[kAddress];
+    const int64_t gradient = a.grads ? a.grads[tensor] : tensor < kInlined ? a.inlined[tensor] : 0;
     row = of_tensor[kRow], size = of_tensor[kSize], start = of_tensor[kStart] + begin;
     hyper = a.hyper + of_tensor[kGroup] * a.numbers;
     param = reinterpret_cast<P*>(address) + begin, grad = reinterpret_cast<const P*>(gradient) + begin;
-    count = size - begin < kChunk ? int(size - begin) : kChunk;
+    count = size - begin < kLength ? int(size - begin) : kLength;
     wide = ((address | gradient | start * int64_t(sizeof(T))) & 15) == 0 ? count / kBlock * kBlock : 0;
   }
 
   // The number of blocks that the tensor has.
   __device__ __forceinline__ int32_t blocks() const {
-    return size > kChunk ? int32_t((size + kChunk - 1) / kChunk) : 1;
+    return size > kLength ? int32_t((size + kLength - 1) / kLength) : 1;
   }
 
   // The chunk's element i in a flat buffer.
@@ -143,8 +143,8 @@ struct Chunk {
 // Call f(Runs, i) for all of this thread's elements, from element i of the chunk on: vectors as far as addresses and
 // size allow, kRuns of them at once while there are as many, then one element at a time. For all that the compiler
 // knows, a store may be to where a later load is from: only what f reads before it writes is under way at once.
-template <int kRuns, class P, class F>
-__device__ __forceinline__ void walk(const Chunk<P>& chunk, const F& f) {
+template <int kRuns, class P, int kLength, class F>
+__device__ __forceinline__ void walk(const Chunk<P, kLength>& chunk, const F& f) {
   constexpr int kWide = Chunk<P>::kWide, kBlock = Chunk<P>::kBlock;
   int i = threadIdx.x * kWide;
 #pragma unroll 1

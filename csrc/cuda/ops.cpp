@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <cstdint>
+#include <cstring>
 #include <optional>
 
 #include "launch.h"
@@ -101,8 +102,15 @@ class Launch {
     return address;
   }
 
+  // Of few tensors a table of the host, whose contents go with the launch; otherwise one of the device.
   void set_grads(const Tensor& grads) {
-    arguments.grads = numbers<int64_t>("grads", grads, ScalarType::Long, tensors_);
+    if (!grads.is_cpu() || tensors_ > kInlined) {
+      arguments.grads = numbers<int64_t>("grads", grads, ScalarType::Long, tensors_);
+      return;
+    }
+    STD_TORCH_CHECK(grads.scalar_type() == ScalarType::Long && grads.is_contiguous() && grads.numel() == tensors_,
+                    "grads: expected an address for each of ", tensors_, " tensors, got ", grads.numel());
+    std::memcpy(arguments.inlined, grads.data_ptr(), tensors_ * sizeof(int64_t));
   }
 
   void set_sq_norms(const OptionalTensor& sq_norms) {
@@ -233,9 +241,19 @@ void interpolate(Tensor rows, Tensor chunks, ScalarType dtype, int64_t elements,
   launch.run("interpolate", Pass::interpolate);
 }
 
+// Whether there is code for the GPU of this number.
+bool serves(int64_t device) {
+  const Guard guard{int32_t(device)};
+  return !launch_f32(Pass::ascend, Rule::none, {}, 0, nullptr);
+}
+
 }  // namespace
 }  // namespace cuda
 }  // namespace lookbehind_fused
+
+STABLE_TORCH_LIBRARY_IMPL(lookbehind_fused_cuda, CompositeExplicitAutograd, m) {
+  m.impl("serves", TORCH_BOX(&lookbehind_fused::cuda::serves));
+}
 
 #define LOOKBEHIND_IMPL(key) STABLE_TORCH_LIBRARY_IMPL(lookbehind_fused_cuda, key, m)
 LOOKBEHIND_IMPL(LOOKBEHIND_KEY) {

@@ -53,8 +53,8 @@ __device__ __forceinline__ bool is_last(int32_t* counter, int32_t count) {
 }
 
 // a.out = the sums over all chunks of what the threads bring; under kPerTensor in each tensor's own row.
-template <class P, int kTerms>
-__device__ __forceinline__ void add_up(const Arguments& a, const Chunk<P>& chunk, double (&x)[kTerms]) {
+template <class P, int kLength, int kTerms>
+__device__ __forceinline__ void add_up(const Arguments& a, const Chunk<P, kLength>& chunk, double (&x)[kTerms]) {
   sum_over_block(x);
   double* own = a.partials + int64_t(blockIdx.x) * kTerms;
   if (threadIdx.x == 0)

@@ -16,7 +16,7 @@ __all__ = ["BACKENDS", "SCHEMAS", "Flag", "RuleId", "resolve"]
 BACKENDS: dict[str, ModuleType] = {"reference": reference, "native": native, "triton": triton, "cuda": cuda}
 
 # What "auto" takes for tensors on a device, the fastest first; any device has the reference.
-AUTO: dict[str, tuple[str, ...]] = {"cpu": ("native", "reference"), "cuda": ("triton", "cuda", "reference")}
+AUTO: dict[str, tuple[str, ...]] = {"cpu": ("native", "reference"), "cuda": ("cuda", "triton", "reference")}
 
 
 def resolve(backend: str, device: torch.device | None = None) -> ModuleType:
@@ -51,7 +51,8 @@ def resolve(backend: str, device: torch.device | None = None) -> ModuleType:
 
 def fastest(device: torch.device) -> ModuleType:
     """What ``"auto"`` takes for tensors on a device."""
-    return next(BACKENDS[name] for name in _for(device) if not BACKENDS[name].why_not())
+    modules = (BACKENDS[name] for name in _for(device))
+    return next(module for module in modules if not module.why_not() and module.serves(device))
 
 
 def _for(device: torch.device) -> tuple[str, ...]:
@@ -63,7 +64,7 @@ def _why_slower(device: torch.device) -> str:
     if device.type not in AUTO:
         return f"there are no kernels for {device.type} devices"
     modules = [BACKENDS[name] for name in _for(device)[:-1]]
-    return "; or ".join(f"{module.why_not()}; {module.REMEDY}" for module in modules)
+    return "; or ".join(f"{module.why_not() or f'it is for {module.DEVICES}'}; {module.REMEDY}" for module in modules)
 
 
 _warned: set[str] = set()

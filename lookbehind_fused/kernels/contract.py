@@ -56,6 +56,9 @@ class Column(IntEnum):
     SIZES = 5
 
 
+INLINED = 440
+"""Of so many tensors the gradients' addresses go with a launch of the CUDA backend."""
+
 BUFFERS = {RuleId.NONE: 0, RuleId.SGD: 0, RuleId.MOMENTUM: 1, RuleId.ADAM: 2, RuleId.AMSGRAD: 3}
 """How many buffers a rule's state has."""
 
@@ -67,6 +70,7 @@ NUMBERS = {RuleId.NONE: (), RuleId.SGD: _SGD, RuleId.MOMENTUM: _SGD, RuleId.ADAM
 def entries() -> dict[str, int]:
     """Every number of the contract by its name."""
     named = {f"{table.__name__}.{entry.name}": int(entry) for table in (Flag, RuleId, Hyper, Column) for entry in table}
+    named["INLINED"] = INLINED
     for rule, names in NUMBERS.items():
         named |= {f"{rule.name}.{name}": Hyper.OF_RULE + place for place, name in enumerate(names)}
         named[f"{rule.name}: numbers"], named[f"{rule.name}: buffers"] = len(names), BUFFERS[rule]

@@ -7,13 +7,14 @@ They are in the library of the native backend where it was built with a CUDA too
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import device, native, ops
+from .contract import INLINED
 from .schema import SCHEMAS
 
 NAMESPACE = "lookbehind_fused_cuda"
@@ -21,7 +22,7 @@ REMEDY = (
     "install the CUDA toolkit (nvcc) of the CUDA that this PyTorch is for and a C++17 compiler (g++), then install the "
     "package again with --no-build-isolation"
 )
-DEVICES = "CUDA GPUs"
+DEVICES = "CUDA GPUs of the compute capabilities that its library was compiled for"
 SCALARS_ON_DEVICE = True  # hyper and steps are read by the kernels
 
 # What a kernel is given: tables and what they ask for of ``device.Plan``, the parameters' dtype, the rest as in
@@ -46,6 +47,7 @@ KERNELS = {
 }
 
 _definitions = torch.library.Library(NAMESPACE, "DEF")
+_definitions.define("serves(int device) -> bool")
 for _name, _schema in KERNELS.items():
     _definitions.define(_name + _schema)
 _kernels = {name: getattr(getattr(torch.ops, NAMESPACE), name).default for name in KERNELS}
@@ -63,7 +65,14 @@ def why_not() -> str | None:
 
 def serves(device: torch.device) -> bool:
     """Whether there are kernels for tensors on a device."""
-    return device.type == "cuda"
+    return device.type == "cuda" and _has_code(device)
+
+
+@cache
+def _has_code(device: torch.device) -> bool:
+    number = torch.cuda.current_device() if device.index is None else device.index
+    found: bool = torch.ops.lookbehind_fused_cuda.serves(number)
+    return found
 
 
 def _prepare(name: str, plan: device.Plan, dtype: torch.dtype, arguments: dict[str, Any]) -> device.Launch:
@@ -75,7 +84,7 @@ def _prepare(name: str, plan: device.Plan, dtype: torch.dtype, arguments: dict[s
 
 if unavailable is None:
     for _name in SCHEMAS:
-        native._definitions.impl(_name, device.implementation(_prepare, _name), "CUDA")
+        native._definitions.impl(_name, device.implementation(_prepare, _name, INLINED), "CUDA")
 
 
 def bind(name: str, params: Sequence[Tensor], table: Tensor, arguments: Mapping[str, Any]) -> ops.Pass:
@@ -86,11 +95,11 @@ def bind(name: str, params: Sequence[Tensor], table: Tensor, arguments: Mapping[
         params, table: as there.
         arguments: the others but ``grads``, by name.
     """
-    return device.bind(_prepare, native._ops[name], name, params, table, arguments)
+    return device.bind(_prepare, native._ops[name], name, params, table, arguments, inlined=INLINED)
 
 
 def _bind_once(name: str, params: Sequence[Tensor], table: Tensor, arguments: Mapping[str, Any]) -> ops.Pass:
-    return device.bind(_prepare, native._ops[name], name, params, table, arguments, once=True)
+    return device.bind(_prepare, native._ops[name], name, params, table, arguments, once=True, inlined=INLINED)
 
 
 reduce_sq_norm = ops.by_keywords(_bind_once, "reduce_sq_norm")

@@ -3,29 +3,26 @@
 A kernel is launched once for all tensors of a call: a program (a block of threads) computes one chunk of one tensor.
 Parameters and gradients are reached through tables of addresses in device memory. They are kept as long as the bound
 pass that uses them: what has not changed since its last call is not uploaded again. Uploads come from pinned memory and
-nothing waits for them.
+nothing waits for them. Where a backend says so, the addresses of few gradients go with each launch instead.
 """
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from . import ops
+from . import native, ops
 from .contract import BUFFERS, NUMBERS, Column, Flag, Hyper, RuleId
 from .schema import ARGUMENTS, completed
 
-_dtype = attrgetter("dtype")
-
-CHUNK = 4096  # elements of a program
+CHUNK = 4096  # elements of a program,
+SPAN = 8 * CHUNK  # and of one that writes none: it has as much to do
 COLUMNS = Column.ADDRESS + 1  # of ``table``, that kernels are given
 
 # prepare(kernel, plan, dtype, arguments): a launch, to be called again and again. A kernel takes of the arguments those
@@ -39,24 +36,24 @@ class Plan:
 
     Attributes:
         rows: int64 (tensors, COLUMNS): the columns of ``table`` up to the address.
-        chunks: int32 (programs, 2): each program's tensor and its number within that tensor.
-        grads: int64 (tensors,): the gradients' addresses.
+        chunks, spans: int32 (programs, 2): each program's tensor and its number within that tensor, for programs of
+            ``CHUNK`` and of ``SPAN`` elements.
+        addresses: int64 (tensors,) in host memory: the gradients' addresses.
+        grads: the same, where kernels are given them: in device memory, or ``addresses`` itself.
         elements, row_count, group_count: what flat buffers, what has a row for each tensor, and ``hyper`` have at the
             least.
         partials, tensor_sums, counters: float64 for up to 3 sums a program and a tensor; int32, zero between launches.
     """
 
-    def __init__(self, table: Tensor, params: Sequence[Tensor]) -> None:
+    def __init__(self, table: Tensor, params: Sequence[Tensor], inlined: int = 0) -> None:
         self.device, count = params[0].device, len(params)
         sizes = table[:, Column.SIZE]
-        chunks_of = torch.clamp((sizes + CHUNK - 1) // CHUNK, min=1)
-        tensor = torch.repeat_interleave(torch.arange(count, device="cpu"), chunks_of)
-        number = torch.arange(len(tensor), device="cpu") - (torch.cumsum(chunks_of, 0) - chunks_of)[tensor]
-        self.programs = len(tensor)
-        self.chunks = torch.stack([tensor, number], 1).to(torch.int32).to(self.device)
+        self.chunks, self.spans = _programs(sizes, CHUNK).to(self.device), _programs(sizes, SPAN).to(self.device)
         self.rows = torch.empty(count, COLUMNS, dtype=torch.int64, device=self.device)
-        self.grads = torch.empty(count, dtype=torch.int64, device=self.device)
-        self.partials = torch.empty(3 * self.programs, dtype=torch.float64, device=self.device)
+        self.addresses = torch.zeros(count, dtype=torch.int64, device="cpu")
+        self.inlined, self.follows = inlined, count <= inlined
+        self.grads = self.addresses if self.follows else torch.empty_like(self.addresses, device=self.device)
+        self.partials = torch.empty(3 * len(self.chunks), dtype=torch.float64, device=self.device)
         self.tensor_sums = torch.empty(3 * count, dtype=torch.float64, device=self.device)
         self.counters = torch.zeros(1 + count, dtype=torch.int32, device=self.device)
         self.sizes = sizes.tolist()
@@ -65,7 +62,6 @@ class Plan:
         self.steps: Tensor | None = None
         self.captured: list[Tensor] = []
         self.version: int | None = None
-        self.addresses: list[int] = []
 
     def refresh(self, table: Tensor, params: Sequence[Tensor]) -> None:
         """Follow parameters that have moved: whoever moves them writes their addresses into ``table``."""
@@ -76,31 +72,26 @@ class Plan:
             raise RuntimeError(f"params: expected {self.sizes} elements as table has, got {found}")
         addresses = torch.tensor([p.data_ptr() for p in params], dtype=torch.int64, device="cpu")
         self._upload(torch.cat([table[:, : Column.ADDRESS], addresses[:, None]], 1), self.rows)
-        self.strides, self.dtypes = [*map(Tensor.stride, params)], [*map(_dtype, params)]
+        self.has_layouts = native.why_not() is None and table.size(1) >= Column.SIZES
         self.version = table._version
 
-    def point_at(self, params: Sequence[Tensor], grads: Sequence[Tensor]) -> list[Tensor]:
+    def point_at(self, table: Tensor, params: Sequence[Tensor], grads: Sequence[Tensor]) -> list[Tensor]:
         """Have ``self.grads`` hold the gradients' addresses. Returns the gradients, as they are or laid out as their
         parameters: to be kept until the launch.
         """
         grads = list(grads)
         if len(grads) != len(params):
             raise RuntimeError(f"grads: expected {len(params)}, one for each of params, got {len(grads)}")
-        if any(map(Tensor.is_neg, grads)):  # negated views, whose memory has the other sign
-            grads = [*map(Tensor.resolve_neg, grads)]
-        if [*map(Tensor.stride, grads)] != self.strides:
-            for i, (g, p) in enumerate(zip(grads, params, strict=True)):
-                if g.shape != p.shape:
-                    raise RuntimeError(f"grads: tensor {i}: expected shape {tuple(p.shape)}, got {tuple(g.shape)}")
-                if any(n != 1 and a != b for n, a, b in zip(g.shape, g.stride(), p.stride(), strict=True)):
-                    grads[i] = torch.empty_like(p, memory_format=torch.preserve_format).copy_(g)
-        if (dtypes := [*map(_dtype, grads)]) != self.dtypes:
-            i = next(i for i, dtype in enumerate(dtypes) if dtype != params[0].dtype)
-            raise RuntimeError(f"grads: tensor {i}: expected {params[0].dtype}, got {dtypes[i]}")
-        addresses = [*map(Tensor.data_ptr, grads)]
-        if addresses != self.addresses:
-            self._upload(torch.frombuffer(array("q", addresses), dtype=torch.int64), self.grads)
-            self.addresses = addresses
+        changed = native.locate(grads, params[0].dtype, table, self.addresses) if self.has_layouts else -1
+        if changed < 0:  # rare, or there is no library
+            grads = laid_out(params, grads)
+            addresses = torch.tensor([*map(Tensor.data_ptr, grads)], dtype=torch.int64, device="cpu")
+            changed = not torch.equal(addresses, self.addresses)
+            self.addresses.copy_(addresses)
+        if self.grads is not self.addresses and (changed or not self.follows):
+            self.follows = False  # until they do
+            self._upload(self.addresses.clone(), self.grads)
+            self.follows = True
         return grads
 
     def room_for(self, steps: Tensor) -> Tensor:
@@ -143,6 +134,28 @@ class Uploads:
             to.copy_(values)
 
 
+def _programs(sizes: Tensor, length: int) -> Tensor:
+    """Of programs that each take so many elements of one tensor: the tensor and the number within it."""
+    of_tensor = torch.clamp((sizes + length - 1) // length, min=1)
+    tensor = torch.repeat_interleave(torch.arange(len(sizes), device="cpu"), of_tensor)
+    number = torch.arange(len(tensor), device="cpu") - (torch.cumsum(of_tensor, 0) - of_tensor)[tensor]
+    return torch.stack([tensor, number], 1).to(torch.int32)
+
+
+def laid_out(params: Sequence[Tensor], grads: list[Tensor]) -> list[Tensor]:
+    """The gradients, copied where they are laid out in another way than their parameters."""
+    found = []
+    for i, (g, p) in enumerate(zip(map(Tensor.resolve_neg, grads), params, strict=True)):  # no negated views
+        if g.dtype != p.dtype:
+            raise RuntimeError(f"grads: tensor {i}: expected {p.dtype}, got {g.dtype}")
+        if g.shape != p.shape:
+            raise RuntimeError(f"grads: tensor {i}: expected shape {tuple(p.shape)}, got {tuple(g.shape)}")
+        if any(n != 1 and a != b for n, a, b in zip(g.shape, g.stride(), p.stride(), strict=True)):
+            g = torch.empty_like(p, memory_format=torch.preserve_format).copy_(g)
+        found.append(g)
+    return found
+
+
 PLANS: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # of passes that are not bound, by ``table``
 
 
@@ -155,21 +168,23 @@ class Call:
         params: the parameters; where there are none, nothing is launched.
         given: the arguments but ``params`` and ``grads`` (``schema.completed``).
         plan: that of the call's table; None makes one.
+        inlined: of so many tensors kernels are given the gradients' addresses in host memory.
 
     Attributes:
         kept: the gradients of the last call, as they are or laid out as their parameters.
     """
 
     def __init__(
-        self, prepare: Prepare, name: str, params: list[Tensor], given: Mapping[str, Any], plan: Plan | None = None
-    ) -> None:
+        self, prepare: Prepare, name: str, params: list[Tensor], given: Mapping[str, Any], plan: Plan | None = None,
+        inlined: int = 0,
+    ) -> None:  # fmt: skip
         self.params, self.given, self.takes_grads = params, given, "grads" in ARGUMENTS[name]
         self.launches: list[Launch] = []
         self.kept: list[Tensor] = []
         if not params:
             self.launches = [*_without_tensors(name, given)]
             return
-        self.plan = plan or Plan(given["table"], params)
+        self.plan = plan or Plan(given["table"], params, inlined)
         if "steps" in given and given["steps_from"] is None:  # all programs of a tensor read what one of them writes
             room = self.plan.room_for(given["steps"])
             self.launches.append(partial(room.copy_, given["steps"]))
@@ -182,7 +197,7 @@ class Call:
         if self.params:
             self.plan.refresh(self.given["table"], self.params)
             if self.takes_grads:
-                self.kept = self.plan.point_at(self.params, values[0])
+                self.kept = self.plan.point_at(self.given["table"], self.params, values[0])
         self.launch()
 
     def launch(self) -> None:
@@ -193,31 +208,33 @@ class Call:
 
 def bind(
     prepare: Prepare, op: Any, name: str, params: Sequence[Tensor], table: Tensor, arguments: Mapping[str, Any],
-    once: bool = False,
+    once: bool = False, inlined: int = 0,
 ) -> ops.Pass:  # fmt: skip
     """``bind`` of a backend, whose op of the pass is ``op``. ``once``: the result will not be called again."""
     params, given = list(params), completed(name, {**arguments, "table": table})
     if torch.compiler.is_compiling():
         return ops.bound(op, op, params, given)
-    return ops.bound(op, Call(prepare, name, params, given, _plan_of(table, params) if once else None), params, given)
+    plan = _plan_of(table, params, inlined) if once else None
+    return ops.bound(op, Call(prepare, name, params, given, plan, inlined), params, given)
 
 
-def _plan_of(table: Tensor, params: Sequence[Tensor]) -> Plan | None:
+def _plan_of(table: Tensor, params: Sequence[Tensor], inlined: int) -> Plan | None:
     """That of the last call with this table, or a new one; None where there are no parameters."""
     plan: Plan | None = PLANS.get(table)
-    if params and (plan is None or len(plan.sizes) != len(params) or plan.device != params[0].device):
-        plan = PLANS[table] = Plan(table, params)
+    of_this = plan and (len(plan.sizes), plan.inlined, plan.device)
+    if params and of_this != (len(params), inlined, params[0].device):
+        plan = PLANS[table] = Plan(table, params, inlined)
     return plan
 
 
-def implementation(prepare: Prepare, name: str) -> Callable[..., None]:
+def implementation(prepare: Prepare, name: str, inlined: int = 0) -> Callable[..., None]:
     """The pass ``name`` with the arguments of its schema, by position: the implementation of an op."""
     names = ARGUMENTS[name]
 
     def run(*values: Any) -> None:
         given = dict(zip(names, values, strict=True))
         params, grads = given.pop("params"), given.pop("grads", ())
-        Call(prepare, name, params, given, _plan_of(given["table"], params))(grads)
+        Call(prepare, name, params, given, _plan_of(given["table"], params, inlined), inlined)(grads)
 
     return run
 
@@ -254,7 +271,7 @@ def _kernels(name: str, given: Mapping[str, Any], plan: Plan) -> Iterator[tuple[
     if name == "reduce_sq_norm" or given.get("row", -1) >= 0:
         at_slow = name == "ascend" and given["slow"] is not None
         out = {"out": given["sq_norms"][given["row"]], "perturbed": None if at_slow else given["perturbed"]}
-        yield "reduce_sq_norm", {**common, **out}
+        yield "reduce_sq_norm", {**common, **out, "chunks": plan.spans}
     if name.startswith("descend"):
         yield name, {**common, **_descent(name, given)}
     elif name == "interpolate":

@@ -29,6 +29,7 @@ SCALARS_ON_DEVICE = False  # hyper, steps and done are in host memory
 
 _definitions = ops.define(NAMESPACE)
 _definitions.define("contract() -> str")
+_definitions.define("locate(Tensor[] grads, ScalarType dtype, Tensor table, Tensor(a!) addresses) -> int")
 _ops = ops.of(NAMESPACE)
 
 
@@ -62,6 +63,12 @@ def _difference(lines: str) -> str:
 
 
 unavailable: str | None = _load()
+
+locate = torch.ops.lookbehind_fused.locate.default
+"""For backends of other devices: ``locate(grads, dtype, table, addresses)`` writes the gradients' addresses into
+``addresses`` (int64 on the CPU) and returns how many of them have changed; -1 if one has another dtype, is not laid
+out as ``table`` says, or is a negated view.
+"""
 
 
 def why_not() -> str | None:

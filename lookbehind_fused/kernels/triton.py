@@ -67,7 +67,7 @@ def _prepare(name: str, plan: device.Plan, dtype: torch.dtype, arguments: dict[s
     }
     kernel = getattr(triton_kernels, name)
     own = {argument: values[argument] for argument in kernel.arg_names}
-    run = partial(kernel[(plan.programs,)], **own, **triton_kernels.options(64 if torch.version.hip else 32))
+    run = partial(kernel[(len(arguments["chunks"]),)], **own, **triton_kernels.options(64 if torch.version.hip else 32))
     if plan.device.type != "cuda":
         return run
 

@@ -18,7 +18,7 @@ import triton.language as tl
 from . import device
 from .contract import NUMBERS, Column, Flag, Hyper, RuleId
 
-CHUNK = tl.constexpr(device.CHUNK)  # elements of a program
+CHUNK, SPAN = tl.constexpr(device.CHUNK), tl.constexpr(device.SPAN)  # elements of a program
 THREADS = tl.constexpr(256)
 BLOCK = tl.constexpr(1024)  # elements without a mask: four a thread, a 16-byte access of float32
 
@@ -61,7 +61,7 @@ def options(threads_a_warp: int) -> dict[str, Any]:
 
 
 @triton.jit
-def _place(rows, chunks):
+def _place(rows, chunks, LENGTH: tl.constexpr):
     """The tensor of this program, its row in ``steps`` and ``sums``, its row in ``hyper``; the number of its chunk
     within the tensor, and the chunk's first element; the start of the tensor's slice of a flat buffer, the tensor's
     elements, and its address.
@@ -71,7 +71,7 @@ def _place(rows, chunks):
     number = tl.load(chunks + 2 * program + 1).to(tl.int64)
     own = rows + COLUMNS * tensor
     row, group, start, size = tl.load(own + ROW), tl.load(own + GROUP), tl.load(own + START), tl.load(own + SIZE)
-    return tensor, row, group, number, number * CHUNK, start, size, tl.load(own + ADDRESS)
+    return tensor, row, group, number, number * LENGTH, start, size, tl.load(own + ADDRESS)
 
 
 @triton.jit
@@ -83,9 +83,9 @@ def _note(done):
 
 
 @triton.jit
-def _extent(begin, size, address, other):
+def _extent(begin, size, address, other, LENGTH: tl.constexpr):
     """How many elements of the chunk are walked without a mask, and how many there are."""
-    count = tl.minimum(size - begin, CHUNK).to(tl.int32)
+    count = tl.minimum(size - begin, LENGTH).to(tl.int32)
     return tl.where(((address | other) & 15) == 0, count // BLOCK * BLOCK, 0), count
 
 
@@ -304,8 +304,8 @@ def _is_last(counter, count):
 
 @triton.jit
 def _add_up(
-    x0, x1, x2, tensor, row, number, size, partials, tensor_sums, counters, tensors, out, PER_TENSOR: tl.constexpr,
-    TERMS: tl.constexpr,
+    x0, x1, x2, tensor, row, number, size, partials, tensor_sums, counters, tensors, out, LENGTH: tl.constexpr,
+    PER_TENSOR: tl.constexpr, TERMS: tl.constexpr,
 ):  # fmt: skip
     """``out`` = the sums over all chunks, or in each tensor's own row those of the tensor.
 
@@ -317,7 +317,7 @@ def _add_up(
     tl.store(partials + program * TERMS + 1, x1)
     if TERMS == 3:
         tl.store(partials + program * TERMS + 2, x2)
-    count = tl.maximum((size + CHUNK - 1) // CHUNK, 1).to(tl.int32)
+    count = tl.maximum((size + LENGTH - 1) // LENGTH, 1).to(tl.int32)
     if _is_last(counters + 1 + tensor, count):
         first = program - number
         to = out + row * TERMS if PER_TENSOR else tensor_sums + tensor * TERMS
@@ -339,26 +339,29 @@ def _add_up(
 @triton.jit
 def _squares(
     address, gradient, perturbed, begin, start, from_, to, eta, P: tl.constexpr, T: tl.constexpr, ADAPTS: tl.constexpr,
-    WHOLE: tl.constexpr,
+    WHOLE: tl.constexpr, STRIDE: tl.constexpr,
 ):  # fmt: skip
+    """The sums of squares of T g and of g of elements ``from_`` to ``to``, STRIDE at once, each stride's in T."""
     WIDTH: tl.constexpr = BLOCK if WHOLE else THREADS
-    squares, scaled_squares = tl.zeros([THREADS], T), tl.zeros([THREADS], T)
-    for offset in range(from_, to, WIDTH):
-        at, here = begin + offset, tl.arange(0, WIDTH) < to - offset
-        g = _read(_of_tensor(gradient, at, P, WHOLE), here, T, WHOLE)
-        squares += _by_thread(g * g, WHOLE)
-        if ADAPTS:
-            if perturbed is None:
-                w = _read(_of_tensor(address, at, P, WHOLE), here, T, WHOLE)
-            else:
-                w = _read(_of_buffer(perturbed, start + at, WHOLE), here, T, WHOLE)
-            g = (tl.abs(w) + eta) * g
-            scaled_squares += _by_thread(g * g, WHOLE)
-    plain = tl.sum(squares, 0).to(tl.float64)
-    scaled = plain
-    if ADAPTS:
-        scaled = tl.sum(scaled_squares, 0).to(tl.float64)
-    return scaled, plain
+    plain, scaled = tl.zeros([THREADS], tl.float64), tl.zeros([THREADS], tl.float64)
+    for offset in range(from_, to, STRIDE):
+        squares, scaled_squares = tl.zeros([THREADS], T), tl.zeros([THREADS], T)
+        for block in tl.static_range(STRIDE // WIDTH):
+            at = begin + offset + block * WIDTH
+            here = tl.arange(0, WIDTH) < to - offset
+            g = _read(_of_tensor(gradient, at, P, WHOLE), here, T, WHOLE)
+            squares += _by_thread(g * g, WHOLE)
+            if ADAPTS:
+                if perturbed is None:
+                    w = _read(_of_tensor(address, at, P, WHOLE), here, T, WHOLE)
+                else:
+                    w = _read(_of_buffer(perturbed, start + at, WHOLE), here, T, WHOLE)
+                g = (tl.abs(w) + eta) * g
+                scaled_squares += _by_thread(g * g, WHOLE)
+        plain += squares.to(tl.float64)
+        scaled += scaled_squares.to(tl.float64)
+    total = tl.sum(plain, 0)
+    return tl.sum(scaled, 0) if ADAPTS else total, total
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -367,20 +370,38 @@ def reduce_sq_norm(
     T: tl.constexpr, ADAPTS: tl.constexpr,
 ):  # fmt: skip
     """``out`` = the sums of squares of T g and of g."""
-    tensor, row, group, number, begin, start, size, address = _place(rows, chunks)
+    tensor, row, group, number, begin, start, size, address = _place(rows, chunks, SPAN)
     gradient, eta = tl.load(grads + tensor), tl.load(hyper + group * numbers + ETA).to(T)
-    split, count = _extent(begin, size, address, gradient)
-    scaled, plain = _squares(address, gradient, perturbed, begin, start, 0, split, eta, P, T, ADAPTS, True)
+    split, count = _extent(begin, size, address, gradient, SPAN)
+    chunks_end = split // CHUNK * CHUNK
+    scaled, plain = _squares(address, gradient, perturbed, begin, start, 0, chunks_end, eta, P, T, ADAPTS, True, CHUNK)
     more_scaled, more_plain = _squares(
-        address, gradient, perturbed, begin, start, split, count, eta, P, T, ADAPTS, False
+        address, gradient, perturbed, begin, start, chunks_end, split, eta, P, T, ADAPTS, True, BLOCK
     )
-    scaled, plain = scaled + more_scaled, plain + more_plain
-    # The square of a finite float may not be one: where there is an infinite sum, this chunk's terms in double.
+    rest_scaled, rest_plain = _squares(
+        address, gradient, perturbed, begin, start, split, count, eta, P, T, ADAPTS, False, THREADS
+    )
+    scaled, plain = scaled + more_scaled + rest_scaled, plain + more_plain + rest_plain
+    # The square of a finite float may not be one: where there is an infinite sum, this program's terms in double.
     if tl.float64 != T and (scaled == float("inf")) | (plain == float("inf")):
         scaled, plain = _squares(
-            address, gradient, perturbed, begin, start, 0, count, eta.to(tl.float64), P, tl.float64, ADAPTS, False
+            address,
+            gradient,
+            perturbed,
+            begin,
+            start,
+            0,
+            count,
+            eta.to(tl.float64),
+            P,
+            tl.float64,
+            ADAPTS,
+            False,
+            THREADS,
         )
-    _add_up(scaled, plain, plain, tensor, row, number, size, partials, tensor_sums, counters, tensors, out, False, 2)
+    _add_up(
+        scaled, plain, plain, tensor, row, number, size, partials, tensor_sums, counters, tensors, out, SPAN, False, 2
+    )
 
 
 @triton.jit
@@ -413,12 +434,12 @@ def ascend(
     ADAPTS: tl.constexpr, SKIPS: tl.constexpr,
 ):  # fmt: skip
     """Move the perturbed weights; where there is ``slow``, keep the weights there first."""
-    tensor, _, group, _, begin, start, size, address = _place(rows, chunks)
+    tensor, _, group, _, begin, start, size, address = _place(rows, chunks, CHUNK)
     _note(done)
     gradient, hyper = tl.load(grads + tensor), hyper + group * numbers
     factor, eta = _ascent_factor(sq_norms, buckets, hyper).to(T), tl.load(hyper + ETA).to(T)
     moves = _moves(sq_norms, buckets, SKIPS)
-    split, count = _extent(begin, size, address, gradient)
+    split, count = _extent(begin, size, address, gradient, CHUNK)
     _ascend(address, gradient, perturbed, slow, begin, start, 0, split, factor, eta, moves, P, T, ADAPTS, SKIPS, True)
     _ascend(
         address, gradient, perturbed, slow, begin, start, split, count, factor, eta, moves, P, T, ADAPTS, SKIPS, False
@@ -523,8 +544,8 @@ def _alignment(
     fast_1 is derived, the descent has written another state than it has read, as in every program.
     """
     tl.debug_barrier()  # fast_k was written by other threads
-    _, _, _, _, begin, start, size, address = _place(rows, chunks)  # once more, else sm80 has too few registers
-    _, count = _extent(begin, size, address, address)
+    _, _, _, _, begin, start, size, address = _place(rows, chunks, CHUNK)  # once more, else sm80 has too few registers
+    _, count = _extent(begin, size, address, address, CHUNK)
     ab, aa, bb = tl.zeros([THREADS], tl.float64), tl.zeros([THREADS], tl.float64), tl.zeros([THREADS], tl.float64)
     for offset in range(0, count, THREADS):
         in_tensor, here = begin + offset, tl.arange(0, THREADS) < count - offset
@@ -560,7 +581,7 @@ def _descend(
 
     ``slow`` is None where ``fast_from`` holds the slow weights, at inner step 1 and where the fast ones are derived.
     """
-    tensor, row, group, number, begin, start, size, address = _place(rows, chunks)
+    tensor, row, group, number, begin, start, size, address = _place(rows, chunks, CHUNK)
     _note(done)
     gradient, hyper = tl.load(grads + tensor), hyper + group * numbers
     moves = _moves(sq_norms, buckets, SKIPS)
@@ -575,7 +596,7 @@ def _descend(
     factor, eta, alpha = scale, tl.load(hyper + ETA).to(T), tl.load(hyper + ALPHA).to(T)
     if ASCENDS:
         factor = _ascent_factor(sq_norms, buckets, hyper).to(T)
-    split, count = _extent(begin, size, address, gradient)
+    split, count = _extent(begin, size, address, gradient, CHUNK)
     ab, aa, bb = _descend_blocks(
         address, gradient, perturbed, slow, fast, fast_from, first, state, state_from, constants, begin, start, 0,
         split, scale, factor, eta, alpha, moves, P, T, RULE, ADAPTS, SKIPS, DERIVES, ASCENDS, INTERPOLATES, ALIGNS,
@@ -646,7 +667,7 @@ def descend_align(
         rows, chunks, grads, perturbed, slow, None, fast_from, first, (s0, s1, s2), (f0, f1, f2), steps, steps_from,
         sq_norms, buckets, hyper, numbers, flags, done, P, T, RULE, False, SKIPS, DERIVES, CLIPS, False, False, True,
     )  # fmt: skip
-    _add_up(ab, aa, bb, tensor, row, number, size, partials, tensor_sums, counters, tensors, out, PER_TENSOR, 3)
+    _add_up(ab, aa, bb, tensor, row, number, size, partials, tensor_sums, counters, tensors, out, CHUNK, PER_TENSOR, 3)
 
 
 @triton.jit
@@ -670,7 +691,7 @@ def interpolate(
     rows, chunks, perturbed, slow, sums, buckets, P: tl.constexpr, T: tl.constexpr, PER_TENSOR: tl.constexpr
 ):
     """New weights between slow and fast_k with alpha* = (cos + 1) / 2; the cosine of a zero vector is 0."""
-    _, row, _, _, begin, start, size, address = _place(rows, chunks)
+    _, row, _, _, begin, start, size, address = _place(rows, chunks, CHUNK)
     ab, aa, bb = tl.full([], 0.0, tl.float64), tl.full([], 0.0, tl.float64), tl.full([], 0.0, tl.float64)
     if PER_TENSOR:
         own = sums + 3 * row
@@ -684,6 +705,6 @@ def interpolate(
     cosine = tl.where(norms == 0, 0.0, ab / tl.where(norms == 0, 1.0, norms))
     cosine = tl.where(cosine > 1.0, 1.0, tl.where(cosine < -1.0, -1.0, cosine))  # NaN stays NaN
     alpha = ((cosine + 1.0) / 2.0).to(T)
-    split, count = _extent(begin, size, address, address)
+    split, count = _extent(begin, size, address, address, CHUNK)
     _interpolate(address, perturbed, slow, begin, start, 0, split, alpha, P, T, True)
     _interpolate(address, perturbed, slow, begin, start, split, count, alpha, P, T, False)

@@ -95,6 +95,8 @@ def of_speed(backends: Sequence[str]) -> Iterator[Check]:
         for title in predictions.MODELS:
             name = f"{backend}: seconds of a step against the prediction, {title}"
             yield Check(name, partial(speed.against_the_prediction, backend, title), measures=True)
+        name = f"{backend}: a captured step of ResNet-18, k = 2, batch 128, bfloat16"
+        yield Check(name, partial(speed.captured_network, backend), measures=True)
     sets = speed.sets()
     for name in here.chosen(tuple(sets), ("small", "resnet34", "flat 2e8"), tuple(sets)):
         yield Check(f"own work, {name}", partial(speed.own_work, sets[name], backends), measures=True)

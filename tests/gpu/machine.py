@@ -137,8 +137,8 @@ def use_stand_ins() -> None:
     triton.serves = cuda.serves = lambda device: True
     original = device.Call.__init__
 
-    def init(call: device.Call, prepare: Any, name: str, params: list, given: Any, plan: Any = None) -> None:
-        original(call, lambda *_: None, name, params, given, plan)
+    def init(call: device.Call, prepare: Any, name: str, params: list, given: Any, *of_plan: Any) -> None:
+        original(call, lambda *_: None, name, params, given, *of_plan)
         if params:
             rest = {key: value for key, value in given.items() if key not in ("table", "dtype")}
             run = native.bind(name, params, given["table"], rest)

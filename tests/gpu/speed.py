@@ -8,10 +8,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 from benchmarks.bench import predictions
 from benchmarks.bench.shapes import SETS
+from benchmarks.models import ResidualNetwork
 from benchmarks.spread import Spread, ratios
+from lookbehind_fused import graphs
 from lookbehind_fused.kernels import SCHEMAS
 from tests.gpu.flow import Work, fused
 from tests.gpu.machine import here
@@ -27,6 +30,8 @@ BYTES = {
 BOUND = 0.8
 """What a step over ``LARGE`` parameters reaches of the better one of copy and add, at the least (DESIGN section 7)."""
 LARGE = 200_000_000
+CAPTURED = 1.1
+"""A captured step of a network takes so many times what a graph of its evaluations alone does, at the most."""
 
 
 def sets() -> dict[str, Shapes]:
@@ -120,6 +125,71 @@ def walk(backend: str, name: str, elements: int) -> Callable[[], Any]:
     given = arguments(name, [elements])
     run, grads = bound(backend, name, given), given.get("grads", [])
     return lambda: run(grads)
+
+
+class Training:
+    """ResNet-18 for images of 32x32, ten classes, with a minibatch of 128 and bfloat16 autocast."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        width, batch = here.chosen(64, 64, 4), here.chosen(128, 128, 4)
+        self.model = ResidualNetwork(3, 10, width, depth=2, stages=4).to(here.device)
+        self.params = [*self.model.parameters()]
+        self.images = torch.randn(batch, 3, 32, 32, device=here.device)
+        self.labels = torch.randint(10, (batch,), device=here.device)
+
+    def closure(self) -> Tensor:
+        with torch.autocast(here.device, torch.bfloat16, cache_enabled=False):
+            loss = cross_entropy(self.model(self.images), self.labels)
+        loss.backward()
+        return loss.detach()
+
+    def evaluations(self) -> None:
+        """As many as a step with k = 2 has, and nothing else."""
+        for _ in range(3):
+            for p in self.params:
+                p.grad = None
+            self.closure()
+
+    def step(self, contender: Any) -> None:
+        """Of a contender of the benchmark."""
+        for _ in contender.evaluations():
+            self.closure()
+
+
+def captured_network(backend: str) -> str:
+    """A captured step of a network, over a graph of its evaluations alone; eager steps, and the authors' code.
+
+    Raises:
+        AssertionError: it takes more than ``CAPTURED`` times as long.
+    """
+    from benchmarks.bench.contenders import ALL
+    from benchmarks.bench.settings import Settings
+
+    alone, captured, eager, authors = (Training() for _ in range(4))
+    graph, steps = graphs.Graph(torch.device(here.device), None), fused(captured.params, backend, k=2)
+    runs: dict[str, Callable[[], Any]] = {"captured": lambda: steps.step(captured.closure), "alone": alone.evaluations}
+    if here.dry:
+        here.stand_in("nothing captured")
+    else:
+        runs["captured"] = steps.graphed(captured.closure)
+        graph.warm_up(lambda: [alone.evaluations() for _ in range(3)])
+        graph.capture(alone.evaluations)
+        runs["alone"] = graph.replay
+    of_eager, of_authors = fused(eager.params, backend, k=2), ALL["public"](authors.params, Settings())
+    runs["eager"] = lambda: of_eager.step(eager.closure)
+    runs["authors"] = lambda: authors.step(of_authors)
+    seconds = in_turn(runs)
+    over = ratios(seconds["captured"], seconds["alone"])
+    parts = [
+        f"captured / a graph of its evaluations alone {over.show()}, bound {CAPTURED}",
+        f"the authors' loop, 2k gradients, eager / captured {ratios(seconds['authors'], seconds['captured']).show()}",
+        f"the same / eager {ratios(seconds['authors'], seconds['eager']).show()}",
+        f"captured {1e3 * statistics.median(seconds['captured']):.2f} ms",
+    ]
+    if not here.dry and not over.median <= CAPTURED:
+        raise AssertionError(f"expected at most {CAPTURED}: {'; '.join(parts)}")
+    return "; ".join(parts)
 
 
 def against_the_prediction(backend: str, title: str) -> str:

@@ -22,6 +22,7 @@ from gpusim.ptxsim import PTX, traffic
 from torch import Tensor
 
 from lookbehind_fused.kernels import Flag, cuda, device, reference
+from lookbehind_fused.kernels.contract import INLINED
 from tests.kernels import graphed
 from tests.kernels.cuda_build import Build
 from tests.kernels.passes import VARIANTS, Case, cases, drawn
@@ -143,7 +144,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, help="instead of every so manieth, draw as many cases as --most says")
     parser.add_argument("--alone", action="store_true", help="compile nothing but what is asked for")
     parser.add_argument("--steps", action="store_true", help="instead: whole steps of the optimizer")
-    parser.add_argument("--many", action="store_true", help="instead: 1 to 300 tensors, and one of 257 chunks")
+    parser.add_argument("--many", action="store_true", help="instead: 1 to 441 tensors, and one of 257 chunks")
     parser.add_argument("--bytes", action="store_true", help="instead: what each pass moves")
     parser.add_argument("--refused", action="store_true", help="instead: arguments that no kernel is launched with")
     parser.add_argument("--graphed", nargs="*", help="instead: captured steps, of parts of names")
@@ -221,7 +222,9 @@ def check_again(case: Case) -> None:
 
 
 def many_tensors() -> Iterable[Case]:
-    """Sums over more tensors, and over more chunks of one, than a block has threads."""
+    """Sums over more tensors, and over more chunks of one, than a block has threads; as many gradients as go with a
+    launch, and more.
+    """
     for name, flags in (
         ("reduce_sq_norm", Flag.ADAPTIVE),
         ("ascend", 0),
@@ -230,7 +233,7 @@ def many_tensors() -> Iterable[Case]:
         ("interpolate", Flag.PER_TENSOR),
     ):
         rule = "momentum" if name == "descend_align" else "none"
-        for count in (1, 2, 31, 300):
+        for count in (1, 2, 31, INLINED, INLINED + 1):
             yield Case(name, torch.float32, [(5 * t + 1) % 77 for t in range(count)], rule, flags, seed=count)
     yield Case("reduce_sq_norm", torch.float32, [3, 257 * 4096 + 5, 4096], seed=1)
 
@@ -254,10 +257,11 @@ def moved(executor: Executor, name: str, rule: str, flags: int, reads: int, writ
     wide = 16 * sum(count for access, count in dynamic.items() if ".global" in access and ".v4." in access)
     moves = ("ld.", "st.", "mov.")
     double = sum(n for access, n in dynamic.items() if ".f64" in access and not access.startswith(moves))
-    # A sum of each thread is converted, then added up over a warp's 32 in five steps; the last block does this again.
-    terms = {"reduce_sq_norm": 2, "descend_align": 3}.get(name, 0)
-    most = (1 + 2 * 5) * terms * 256 + 256
-    fits = double <= size // device.CHUNK * most
+    # Sums of each thread are converted and added up: two of a norm for each chunk, three otherwise; then those of a
+    # warp's 32 threads in five steps, which the last block does again, of a norm for its tensor and for all.
+    chunks, spans = size // device.CHUNK, -(-size // device.SPAN)
+    sums = {"reduce_sq_norm": 4 * chunks + 39 * spans, "descend_align": 34 * chunks}
+    fits = double <= 256 * sums.get(name, chunks)
     if (read, written) == ([4 * size] * reads, [4 * size] * writes) and wide == sum(read) + sum(written) and fits:
         return ""
     return f"{name} {rule} {flags}: reads {read}, writes {written}, 16 bytes at a time {wide}, in double {double}"

@@ -38,6 +38,9 @@ cudaError_t cudaLaunchKernel(const void* function, dim3 grid, dim3 block, void**
   const unsigned grids[] = {grid.x, grid.y, grid.z}, blocks[] = {block.x, block.y, block.z};
   return execute(found->second.c_str(), grids, blocks, arguments) ? cudaErrorLaunchFailure : cudaSuccess;
 }
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, const void* function) {
+  return names().count(function) ? cudaSuccess : cudaErrorInvalidDeviceFunction;
+}
 cudaError_t cudaGetLastError() { return cudaSuccess; }
 const char* cudaGetErrorString(cudaError_t error) {
   return error == cudaErrorLaunchFailure ? message.c_str() : "not a kernel of this library";

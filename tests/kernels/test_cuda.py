@@ -10,12 +10,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from lookbehind_fused import Lookbehind
-from lookbehind_fused.kernels import SCHEMAS, cuda, native, reference, resolve, triton
+from lookbehind_fused.kernels import SCHEMAS, cuda, device, native, reference, resolve, triton
+from lookbehind_fused.kernels.contract import INLINED
 from tests.kernels.cuda_build import CAPABILITIES, Build, missing
 from tests.kernels.machine_code import disassembled, loads_under_way
 from tests.kernels.mutants import ROOT, assert_noticed, assert_passed, cases_of, copied_to, mutate
+from tests.kernels.passes import Case
 from tests.kernels.test_triton import run
 from tests.sampling import fewer, sample
 
@@ -44,7 +47,7 @@ def test_the_table_on_executed_code(where: str, dtype: str, every: int) -> None:
 @pytest.mark.sample(2)
 @pytest.mark.parametrize("instead", ["--many", "--bytes", "--refused"])
 def test_what_is_not_in_the_table(instead: str) -> None:
-    """1 to 300 tensors and 257 chunks; bytes of each array; arguments that are refused."""
+    """1 to 441 tensors and 257 chunks; bytes of each array; arguments that are refused."""
     options = [] if sample.everything else fewer(5)
     printed = run("tests.kernels.cuda_cases", "sm90", instead, *ALONE, *options)
     assert re.search(r"^[1-9]\d* cases, 0 failed$", printed, re.MULTILINE)
@@ -101,8 +104,8 @@ MUTANTS = {
     ),
     "offsets of 32 bits": (
         "memory.cuh",
-        "int64_t(number) * kChunk",
-        "int64_t(int32_t(uint32_t(number) * kChunk))",
+        "int64_t(number) * kLength",
+        "int64_t(int32_t(uint32_t(number) * kLength))",
         "--far",
     ),
     "one norm alone decides whether a step is skipped": (
@@ -224,18 +227,50 @@ def test_a_library_without_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(RuntimeError, match=refused):
         Lookbehind([torch.nn.Parameter(torch.ones(3))], torch.optim.SGD, lr=0.1, backend="cuda")
     monkeypatch.setattr(triton, "why_not", lambda: "triton is not installed")
-    with pytest.warns(UserWarning, match="uses the slower 'reference': triton is not installed; .*; or _native"):
+    with pytest.warns(UserWarning, match="uses the slower 'reference': _native.*; or triton is not installed"):
         assert resolve("auto", torch.device("cuda")) is reference
 
 
-def test_auto_takes_triton_then_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Neither is said to be slow: nobody is warned."""
-    monkeypatch.setattr(cuda, "unavailable", None)
+def test_auto_takes_cuda_then_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither is said to be slow: nobody is warned. A GPU that the library has no code for has Triton's kernels."""
+    monkeypatch.setattr(triton, "why_not", lambda: None)
+    monkeypatch.setattr(triton, "serves", lambda device: True)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        for why_not, chosen in ((None, triton), ("triton is not installed", cuda)):
-            monkeypatch.setattr(triton, "why_not", lambda why_not=why_not: why_not)
-            assert resolve("auto", torch.device("cuda")) is chosen
+        for unavailable, code, chosen in ((None, True, cuda), (None, False, triton), ("was not built", True, triton)):
+            monkeypatch.setattr(cuda, "unavailable", unavailable)
+            monkeypatch.setattr(cuda, "_has_code", lambda device, code=code: code)
+            assert resolve("auto", torch.device("cuda:0")) is chosen
+
+
+def test_a_gpu_without_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Asked for by name it is refused; "auto" says why there is nothing faster."""
+    monkeypatch.setattr("lookbehind_fused.kernels._warned", set())
+    monkeypatch.setattr(cuda, "unavailable", None)
+    monkeypatch.setattr(cuda, "_has_code", lambda device: False)
+    monkeypatch.setattr(triton, "why_not", lambda: "triton is not installed")
+    of_library = "CUDA GPUs of the compute capabilities that its library was compiled for"
+    with pytest.warns(UserWarning, match=f"uses the slower 'reference': it is for {of_library}; .*; or triton is not"):
+        assert resolve("auto", torch.device("cuda:0")) is reference
+    with pytest.raises(ValueError, match=f"for tensors on cuda:0, got 'cuda', which is for {of_library}"):
+        resolve("cuda", torch.device("cuda:0"))
+
+
+def test_addresses_go_with_the_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of as many gradients as that takes nothing is uploaded, wherever they are; of one more, what has moved."""
+    uploads: list[Tensor] = []
+    monkeypatch.setattr(device.Plan, "_upload", lambda self, values, to: uploads.append(to))
+    monkeypatch.setattr(cuda, "_kernels", {name: lambda *_: None for name in cuda.KERNELS})
+    for count, changes in ((INLINED, 0), (INLINED + 1, 1)):
+        case = Case("ascend", torch.float32, [3] * count, row=0).copies()
+        params, grads, table = (case.pop(name) for name in ("params", "grads", "table"))
+        run = cuda.bind("ascend", params, table, case)
+        run(grads)
+        uploads.clear()
+        run(grads)
+        assert not uploads
+        run([g.clone() for g in grads])
+        assert len(uploads) == changes
 
 
 @pytest.mark.parametrize("kind", ["xpu", "mps"])

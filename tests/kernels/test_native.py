@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from lookbehind_fused import Lookbehind
 from lookbehind_fused.kernels import BACKENDS, SCHEMAS, Flag, RuleId, native, reference
 from lookbehind_fused.kernels.contract import Column, Hyper
-from lookbehind_fused.kernels.schema import ARGUMENTS, WRITTEN
+from lookbehind_fused.kernels.schema import ARGUMENTS, WRITTEN, tensor_table
 from tests.compare import LOW_PRECISION, assert_equal, dense, scaled_error
 from tests.conftest import Duel, assert_close, drive
 from tests.kernels.passes import DESCENTS, DTYPES, OPS, SIZES, VARIANTS, Case, cases, drawn, listed_values
@@ -398,6 +398,34 @@ def test_an_unknown_instruction_set_is_an_error() -> None:
     assert "LOOKBEHIND_ISA: expected baseline, avx2 or avx512" in done.stderr
     assert "got sse9" in done.stderr
     assert on_instruction_set("baseline", code).returncode == 0
+
+
+# ---- addresses for other devices -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_locate(dtype: torch.dtype) -> None:
+    """Addresses, how many have changed, and gradients that are not as their parameter."""
+    params = [torch.zeros(shape, dtype=dtype) for shape in ((3, 4), (5,), (), (2, 0), (2, 3, 4, 5))]
+    params.append(params[-1].to(memory_format=torch.channels_last))
+    table, grads = tensor_table(params, [0] * 6, [0] * 6), [torch.ones_like(p) for p in params]
+    addresses = torch.zeros(6, dtype=torch.int64)
+    there = sum(g.data_ptr() != 0 for g in grads)
+    for changed in (there, 0):
+        assert native.locate(grads, dtype, table, addresses) == changed
+        assert addresses.tolist() == [g.data_ptr() for g in grads]
+    assert native.locate([grads[0].clone(), *grads[1:]], dtype, table, addresses) == 1
+    negated = torch.complex(torch.ones(5), torch.ones(5)).conj().imag
+    assert negated.is_neg()
+    for place, other in (
+        (0, torch.ones(4, 3, dtype=dtype)), (0, torch.ones(4, 3, dtype=dtype).t()), (5, grads[4]), (4, grads[5]),
+        (1, torch.ones(5, dtype=torch.int32)), (1, negated), (1, torch.ones(10, dtype=dtype)[::2]),
+    ):  # fmt: skip
+        assert native.locate([*grads[:place], other, *grads[place + 1 :]], dtype, table, addresses) == -1
+    with pytest.raises(RuntimeError, match="table: expected layouts of 5 tensors"):
+        native.locate(grads[:5], dtype, table, addresses)
+    with pytest.raises(RuntimeError, match="addresses: expected 6 contiguous int64 on the CPU"):
+        native.locate(grads, dtype, table, addresses[:5])
 
 
 # ---- the ops ---------------------------------------------------------------------------------------------------------
