@@ -81,6 +81,7 @@ def of_steps(backend: str) -> Iterator[Check]:
         "a step never waits for the device": flow.no_synchronisation,
         "a step that the caller captures replays as it ran": flow.graph_capture,
         "steps on streams of their own": flow.side_streams,
+        "torch.compile around the passes": flow.compiled,
         "launches per gradient evaluation": flow.launches,
         "gradients that are lazy views, or far from the moments": steps.gradients,
     }.items():

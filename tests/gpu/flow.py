@@ -103,6 +103,32 @@ def side_streams(backend: str) -> str:
     return f"{steps} steps on as many streams, static and adaptive"
 
 
+def compiled(backend: str) -> str:
+    """The passes under ``torch.compile`` without a graph break, with another lr in each step: the eager bits."""
+    steps, graphs_made = 6, 0
+    for settings in ({"k": 2}, {"k": 3, "alpha": "adaptive", "max_grad_norm": 1.0}):
+        ours, theirs = twins(backend, **settings)
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        apply = torch.compile(ours.optimizer.apply, fullgraph=True)
+        for step in range(steps):
+            for work in (ours, theirs):
+                work.optimizer.param_groups[0]["lr"] = 1e-3 * (1 + step)
+                for evaluation in work.optimizer.evaluations(apply=work is theirs):
+                    for p, g in zip(work.params, work.grads, strict=True):
+                        p.grad = g * (1 + step + evaluation.index)
+                    if work is ours:
+                        apply(evaluation)
+        assert_same_weights(ours, theirs)
+        made = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        if made != settings["k"] + 1:
+            raise AssertionError(
+                f"{settings}: expected a graph for each of {settings['k'] + 1} evaluations, got {made}"
+            )
+        graphs_made += made
+    return f"{steps} steps with as many lrs, static and adaptive: {graphs_made} graphs, the eager bits"
+
+
 def launches(backend: str) -> str:
     found = []
     for count in (1, here.chosen(10_000, 10_000, 500)):
