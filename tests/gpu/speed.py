@@ -27,7 +27,7 @@ BYTES = {
     "descend_align": 28, "interpolate": 12,
 }  # fmt: skip
 """What a pass moves for each parameter: float32, momentum, nothing derived (DESIGN section 3)."""
-BOUND = 0.8
+BOUND = 0.9
 """What a step over ``LARGE`` parameters reaches of the better one of copy and add, at the least (DESIGN section 7)."""
 LARGE = 200_000_000
 CAPTURED = 1.1

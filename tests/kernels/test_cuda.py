@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.bench.host import launches_do_nothing
 from lookbehind_fused import Lookbehind
 from lookbehind_fused.kernels import SCHEMAS, cuda, device, native, reference, resolve, triton
 from lookbehind_fused.kernels.contract import INLINED
@@ -271,6 +272,24 @@ def test_addresses_go_with_the_launch(monkeypatch: pytest.MonkeyPatch) -> None:
         assert not uploads
         run([g.clone() for g in grads])
         assert len(uploads) == changes
+
+
+def test_a_missing_gradient_uploads_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor does one that comes back: which tensors take part is known by then."""
+    uploads: list[Tensor] = []
+    with launches_do_nothing():
+        params = [torch.nn.Parameter(torch.ones(5)) for _ in range(INLINED)]
+        optimizer = Lookbehind(params, torch.optim.SGD, lr=0.1, momentum=0.9, backend="cuda")
+        upload = device.Plan._upload
+        monkeypatch.setattr(device.Plan, "_upload", lambda *given: (uploads.append(given[2]), upload(*given)))
+        for step in range(6):
+            for _ in optimizer.evaluations():
+                for p in params[step % 2 :]:
+                    p.grad = torch.ones(5)
+            if step == 1:
+                assert uploads  # where the tensors of both are
+                uploads.clear()
+    assert not uploads
 
 
 @pytest.mark.parametrize("kind", ["xpu", "mps"])
