@@ -58,11 +58,17 @@ class Settings(NamedTuple):
     reuse_gradient: bool
     same_randomness: bool = False
     ascents: str = "synced"
+    ascent_fraction: float = 1.0
 
     @property
     def skips(self) -> bool:
         """Whether an evaluation with a non-finite gradient moves nothing."""
         return self.nonfinite == "skip"
+
+    @property
+    def in_parts(self) -> bool:
+        """Whether evaluations see parts of the minibatch, so that a closure has to be told which."""
+        return self.microbatches > 1 or self.ascent_fraction < 1
 
     @property
     def descents_need_norms(self) -> bool:
@@ -92,6 +98,7 @@ def check_settings(
     reuse_gradient: bool,
     same_randomness: bool,
     ascents: str,
+    ascent_fraction: float,
 ) -> None:
     """Refuse what ``Settings`` cannot be made of.
 
@@ -113,6 +120,14 @@ def check_settings(
     check_choice("ascents", ascents, "synced", "local")
     if (ascents, ascent_gradient) == ("local", "previous"):
         raise ValueError("ascents: expected 'synced' with ascent_gradient='previous', got 'local'")
+    check_fraction("ascent_fraction", ascent_fraction)
+    if ascent_fraction != 1:
+        for name, value, usual in (("microbatches", microbatches, 1), ("ascent_gradient", ascent_gradient, "current")):
+            if value != usual:
+                raise ValueError(
+                    f"ascent_fraction: expected 1.0 with {name}={value!r}, which says itself what ascents follow, got "
+                    f"{ascent_fraction!r}"
+                )
     if ascent_gradient == "previous" and (microbatches > 1 or not reuse_gradient):
         raise ValueError(
             "ascent_gradient: expected 'current' with microbatches or reuse_gradient=False, which evaluate gradients "
@@ -256,8 +271,8 @@ def check_closure(closure: Any) -> None:
         raise TypeError(f"closure: expected a function that runs forward and backward, or None, got {shown(closure)}")
 
 
-def check_takes_evaluation(closure: Callable[..., Any], microbatches: int) -> None:
-    """Refuse a closure that cannot be told which microbatch it is to see.
+def check_takes_evaluation(closure: Callable[..., Any], microbatches: int, ascent_fraction: float) -> None:
+    """Refuse a closure that cannot be told which part of the minibatch it is to see.
 
     Raises:
         TypeError: it takes no argument.
@@ -265,8 +280,9 @@ def check_takes_evaluation(closure: Callable[..., Any], microbatches: int) -> No
     try:
         inspect.signature(closure).bind(None)
     except TypeError:
+        name, value = ("microbatches", microbatches) if microbatches != 1 else ("ascent_fraction", ascent_fraction)
         raise TypeError(
-            f"closure: expected a function of the Evaluation, since microbatches is {microbatches!r}: "
+            f"closure: expected a function of the Evaluation, since {name} is {value!r}: "
             f"evaluation.part(batch) is what it is to see; got {shown(closure)}, which does not take it"
         ) from None
     except ValueError:  # a builtin, of which nothing is known

@@ -46,6 +46,7 @@ class Saved(Wrappable):
     reuse_gradient: bool
     same_randomness: bool
     ascents: str
+    ascent_fraction: float
     loss_scale: float | Tensor
     buffers_at_slow: nn.Module | None
     model: nn.Module | None

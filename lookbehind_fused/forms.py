@@ -32,19 +32,19 @@ class Forms(Loop):
 
         Args:
             closure: runs forward and backward and returns the loss. Gradients are cleared before each call. With
-                microbatches it is given the ``Evaluation``. None: evaluation 0 is the gradients that are there, and
-                ``optimizer.closure`` is called for the others.
+                microbatches or ``ascent_fraction`` it is given the ``Evaluation``. None: evaluation 0 is the gradients
+                that are there, and ``optimizer.closure`` is called for the others.
 
         Returns:
-            What the closure returned at evaluation 0: the loss at the unperturbed weights. With microbatches the mean
-            over them; with ``ascent_gradient="previous"``, which has no such evaluation, that of its first. None where
-            evaluation 0 was given.
+            What the closure returned at evaluation 0: the loss at the unperturbed weights, with ``ascent_fraction`` of
+            its part of the minibatch. With microbatches the mean over them; with ``ascent_gradient="previous"``, which
+            has no such evaluation, that of its first. None where evaluation 0 was given.
 
         Raises:
-            TypeError: there is no closure, or it does not take the ``Evaluation`` that says which microbatch it is to
-                see.
-            ValueError: gradients cannot be given, since ``ascent_gradient``, ``ascents``, ``microbatches`` or
-                ``same_randomness`` needs another evaluation than theirs.
+            TypeError: there is no closure, or it does not take the ``Evaluation`` that says which part of the minibatch
+                it is to see.
+            ValueError: gradients cannot be given, since ``ascent_gradient``, ``ascents``, ``microbatches``,
+                ``same_randomness`` or ``ascent_fraction`` needs another evaluation than theirs.
             RuntimeError: no gradients are there to be used, an evaluation after the first leaves none, a step is open
                 already, a ``GradScaler`` calls that is not ``scaler``, or with a ``scaler`` gradients were given by
                 another call than ``scaler.step(optimizer)``.
@@ -66,8 +66,8 @@ class Forms(Loop):
                 f"several gradients; got {shown(closure)} (loops that call backward themselves: evaluations(), or once "
                 "for all optimizer.closure = a function that does it again)"
             )
-        if self.microbatches != 1 and not given:
-            check_takes_evaluation(closure, self.microbatches)
+        if not given and (self.microbatches != 1 or self.ascent_fraction != 1):
+            check_takes_evaluation(closure, self.microbatches, self.ascent_fraction)
         step = self._prepare(self.reuse_gradient)
         if given:
             self._take_given(step)
@@ -78,12 +78,13 @@ class Forms(Loop):
         are there.
         """
         losses: list[Any] = []
+        in_parts = step.settings.in_parts
         evaluations = self._evaluate(step, given=given)
         try:
             try:
                 for evaluation in evaluations:
                     with torch.enable_grad():
-                        value = closure(evaluation) if evaluation.microbatches > 1 else closure()
+                        value = closure(evaluation) if in_parts else closure()
                     if evaluation.microbatches > 1 and not isinstance(value, (Tensor, numbers.Real, NoneType)):
                         raise TypeError(
                             f"closure: expected a loss that a mean over microbatches can be taken of, got "
@@ -109,6 +110,7 @@ class Forms(Loop):
             ("ascents", self.ascents, "synced"),
             ("microbatches", self.microbatches, 1),
             ("same_randomness", self.same_randomness, False),
+            ("ascent_fraction", self.ascent_fraction, 1.0),
         ):
             if value != usual:
                 raise ValueError(
@@ -162,15 +164,15 @@ class Forms(Loop):
             A function without arguments that replays the step: ``GraphedStep``.
 
         Raises:
-            TypeError: the closure is no function, or one that cannot be told its microbatch.
+            TypeError: the closure is no function, or one that cannot be told its part of the minibatch.
             ValueError: parameters are not on one CUDA device, or a setting or the base optimizer cannot be captured.
             RuntimeError: a step is open, or the closure does what cannot be captured.
         """
         if not callable(closure):
             raise TypeError(f"closure: expected a function that runs forward and backward, got {shown(closure)}")
         check_int("num_warmup_iters", num_warmup_iters, 1)
-        if self.microbatches != 1:
-            check_takes_evaluation(closure, self.microbatches)
+        if self.microbatches != 1 or self.ascent_fraction != 1:
+            check_takes_evaluation(closure, self.microbatches, self.ascent_fraction)
         return GraphedStep(self, closure, num_warmup_iters, pool)
 
     # ---- with a gradient scaler ----
@@ -320,7 +322,8 @@ class Forms(Loop):
         """Ascend with the gradients that are there: the first half of an inner step of the 2k form.
 
         k pairs of ``ascent_step()`` and ``descent_step()``, each after a backward of its own, are one outer step; with
-        microbatches so many for each of them in turn.
+        microbatches so many for each of them in turn. Whether an ascent's gradient is of the whole minibatch or of a
+        part is up to the caller, so that ``ascent_fraction`` has no meaning here.
         Clearing gradients in between is up to the caller. Between the two the weights are perturbed: ``abort_step()``
         restores them.
 
@@ -331,6 +334,7 @@ class Forms(Loop):
             ("ascent_gradient", self.ascent_gradient, "current"),
             ("ascents", self.ascents, "synced"),
             ("same_randomness", self.same_randomness, False),
+            ("ascent_fraction", self.ascent_fraction, 1.0),
         ):
             if value != usual:
                 raise RuntimeError(

@@ -23,7 +23,7 @@ from .parts.own_step import OwnStep
 from .parts.previous import PreviousGradients
 from .parts.scaling import Report, Scaling, scale_of
 from .prepare import Prepared
-from .program import Evaluation, Program, over_ranks
+from .program import Evaluation, Program, on_a_part, over_ranks
 from .randomness import Replay
 from .rules import NO_RULE
 
@@ -106,7 +106,7 @@ class Loop(Saved):
         if settings != self._checked:
             self._checked = None
             self.check_settings(self.settings())
-            self._programs = {reuse: self.program(reuse) for reuse in (True, False)}
+            self._programs = {reuse: on_a_part(self.program(reuse), self.ascent_fraction) for reuse in (True, False)}
             self._settings = Settings(*settings[: len(Settings._fields)])
             self._local = None
             if self.ascents == "local":

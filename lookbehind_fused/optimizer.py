@@ -92,7 +92,8 @@ class Lookbehind(Forms):
         ascent_gradient: ``"previous"`` ascends first with the gradient of the last descent, that of the step before,
             and then with that of each inner step, whatever the minibatch: every minibatch costs one evaluation, k a
             step, as with k steps of SGD. That is not the paper's algorithm, whose ascent follows the gradient of the
-            minibatch at hand; the first step of all does not ascend before its first evaluation. Takes a copy of the
+            minibatch at hand, but the stale ascent of AsyncSAM (Jo, Lim, Lee 2025, arXiv 2503.11147) with a delay of
+            one step; the first step of all does not ascend before its first evaluation. Takes a copy of the
             gradients from step to step; ``ascent_step()`` and ``descent_step()`` have no meaning with it. In this
             project's comparison (README) it gains a part of what SAM gains for k = 1, and nothing for k = 2.
         microbatches: m > 1: m-SAM (Foret et al. 2021, section 3). Each of m equal parts of the minibatch ascends by its
@@ -128,6 +129,17 @@ class Lookbehind(Forms):
             DistributedDataParallel module, which averages the last gradient of a step alone; the means of those
             between are reduced while the next evaluation runs (``parts.local_ascents``). Takes a copy of the model for
             k > 1; with ``step(closure)`` and ``evaluations()`` only.
+        ascent_fraction: in (0, 1]. Less than 1: a gradient that is for an ascent alone is one of the first part of the
+            minibatch (Bahri, Mobahi, Tay 2021, arXiv 2110.08529, who take a quarter; K-SAM, arXiv 2210.12864, and ESAM,
+            arXiv 2110.03141, choose examples by their losses), of n examples ``ascent_fraction`` * n, rounded to the
+            nearest whole number (a half to the even one), at least one. The closure is called with the ``Evaluation``,
+            whose ``part(batch)`` is that part, or the whole batch where the gradient is descended with; the loss
+            returned is that of the part. In gradients of a whole minibatch SAM then costs 1 + ``ascent_fraction`` a
+            step, Lookbehind k + ``ascent_fraction``: its later ascents follow the gradients of its descents. Without
+            that reuse all k ascents are by parts, at k (1 + ``ascent_fraction``), along another trajectory;
+            ``MultistepSAM`` costs 1 + k ``ascent_fraction``, and k + ``ascent_fraction`` with ``average``. The fewer
+            the examples, the larger the best rho (README). Not with ``microbatches``, ``ascent_gradient="previous"``,
+            given gradients, or ``ascent_step()``, whose caller takes a part of the minibatch itself.
         buffers_at_slow: the model, or None: its buffers (BatchNorm's running statistics and whatever else a forward
             pass changes) are those of the evaluations at the slow weights; what perturbed ones have done to them is
             undone (``lookbehind_fused.buffers_at_slow``). ``running_stats_at_slow`` is the name that it had.
@@ -175,6 +187,7 @@ class Lookbehind(Forms):
         closure: Callable[..., Any] | None = ...,
         same_randomness: bool = ...,
         ascents: str = ...,
+        ascent_fraction: float = ...,
         buffers_at_slow: nn.Module | None = ...,
         model: nn.Module | None = ...,
         backend: str = ...,
@@ -206,6 +219,7 @@ class Lookbehind(Forms):
         closure: Callable[..., Any] | None = None,
         same_randomness: bool = False,
         ascents: str = "synced",
+        ascent_fraction: float = 1.0,
         buffers_at_slow: nn.Module | None = None,
         model: nn.Module | None = None,
         backend: str = "auto",
@@ -219,7 +233,7 @@ class Lookbehind(Forms):
             **{"k": k, "alpha": alpha, "alpha_scope": alpha_scope, "rho_scope": rho_scope},
             **{"max_grad_norm": max_grad_norm, "nonfinite": nonfinite, "microbatches": microbatches},
             **{"ascent_gradient": ascent_gradient, "reuse_gradient": reuse_gradient},
-            **{"same_randomness": same_randomness, "ascents": ascents},
+            **{"same_randomness": same_randomness, "ascents": ascents, "ascent_fraction": ascent_fraction},
         }
         settings |= {name: getattr(self, name) for name in self.SETTINGS if name not in settings}
         self.check_settings(settings)
@@ -345,12 +359,12 @@ class Lookbehind(Forms):
         """Figures of the last outer step, as tensors on the parameters' device; reading them waits for nothing.
 
         ``grad_norm``: 0-dim float64, the L2 norm of the gradient of evaluation 0, over all parameters, divided by what
-        the loss was scaled by: at the slow weights; with microbatches that of the first; with
-        ``ascent_gradient="previous"`` that of the gradient which the step ascended with first, 0 if there was none.
-        ``skipped``: 0-dim int64, 1 if the step was undone (``nonfinite``, ``scaler``), else 0. ``alpha``: 0-dim
-        float64, the slow step size; with an adaptive alpha of
-        scope "tensor" of shape (parameters,), in the order of the parameter groups, NaN for a parameter that took no
-        part; an adaptive one is NaN where the step was undone. Empty if there was no step or it was abandoned.
+        the loss was scaled by: at the slow weights; with microbatches that of the first, with ``ascent_fraction`` that
+        of the part; with ``ascent_gradient="previous"`` that of the gradient which the step ascended with first, 0 if
+        there was none. ``skipped``: 0-dim int64, 1 if the step was undone (``nonfinite``, ``scaler``), else 0.
+        ``alpha``: 0-dim float64, the slow step size; with an adaptive alpha of scope "tensor" of shape (parameters,),
+        in the order of the parameter groups, NaN for a parameter that took no part; an adaptive one is NaN where the
+        step was undone. Empty if there was no step or it was abandoned.
         """
         last = self._now.last
         return {} if last is None else figures(last, sum(len(group["params"]) for group in self.param_groups))

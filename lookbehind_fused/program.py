@@ -23,6 +23,7 @@ class Evaluation:
         ascends, descends: the next ascent, the base optimizer uses this gradient itself.
         microbatch, microbatches: which part of the minibatch is to be evaluated, from 0, and how many there are.
         closes: the outer step is complete after it.
+        fraction: how much of the minibatch is to be evaluated, from its first example on (``on_a_part``).
     """
 
     index: int
@@ -33,14 +34,18 @@ class Evaluation:
     microbatch: int = 0
     microbatches: int = 1
     closes: bool = False
+    fraction: float = 1
 
     def part(self, batch: Tensor) -> Tensor:
-        """This evaluation's microbatch: of n examples along the first dimension of ``batch`` the ``microbatch``-th
-        n / ``microbatches``.
+        """What of a minibatch this evaluation is to see, of n examples along the first dimension of ``batch``: its
+        microbatch, the ``microbatch``-th n / ``microbatches``; or the first ``fraction`` * n, rounded to the nearest
+        whole number (a half to the even one) and at least one. All of it where a step takes no parts.
 
         Raises:
             ValueError: the number of microbatches does not divide n.
         """
+        if self.fraction < 1:
+            return batch[: max(1, round(self.fraction * len(batch)))]
         size, rest = divmod(len(batch), self.microbatches)
         if rest:
             raise ValueError(
@@ -149,6 +154,28 @@ class Trace:
         descents = sum(use.verb == "descend" for use in uses)
         size = len(gathered) // len(means) if means else 1
         return Program(evaluations, tuple(map(tuple, self._uses)), self._recalls, descents, means, size)
+
+
+def on_a_part(program: Program, fraction: float) -> Program:
+    """The same program on a part of the minibatch where a gradient is for an ascent alone (Bahri, Mobahi, Tay 2021,
+    section 3.3). Gradients that a descent or a mean takes are of the whole.
+
+    Raises:
+        ValueError: there is no such gradient.
+    """
+    if fraction == 1:
+        return program
+    alone = [uses == (Use("ascend"),) for uses in program.uses]
+    if program.recalls or not any(alone):
+        raise ValueError(
+            "ascent_fraction: expected 1.0 for a method none of whose gradients is for an ascent alone, got "
+            f"{fraction!r}"
+        )
+    evaluations = [
+        replace(evaluation, fraction=fraction) if ascends else evaluation
+        for evaluation, ascends in zip(program.evaluations, alone, strict=True)
+    ]
+    return program._replace(evaluations=tuple(evaluations))
 
 
 # ---- methods ---------------------------------------------------------------------------------------------------------

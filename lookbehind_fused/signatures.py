@@ -37,6 +37,7 @@ class OfMultistepSAM(Everywhere, total=False):
 
     adaptive: bool | None
     eta: float | None
+    ascent_fraction: float
 
 
 class OfASAM(Everywhere, total=False):
@@ -45,6 +46,7 @@ class OfASAM(Everywhere, total=False):
     eta: float | None
     microbatches: int
     ascent_gradient: str
+    ascent_fraction: float
 
 
 class OfLookbehind(OfASAM, total=False):

@@ -59,7 +59,7 @@ def drive(optimizer: Any, form: str, evaluate: Callable[[int], Tensor], k: int) 
     """
     if form == "step":
         counter = itertools.count()
-        return optimizer.step(lambda: evaluate(next(counter)))
+        return optimizer.step(lambda *_: evaluate(next(counter)))
     losses = []
     if form == "evaluations":
         for evaluation in optimizer.evaluations():

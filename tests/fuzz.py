@@ -37,6 +37,7 @@ SHAPES = [(5,), (2, 3), (), (0,), (1, 1), (33,), (2, 3, 4, 5), (7, 1)]
 WHOLE = 1e-10  # of float64
 FLOOR = {torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}  # of the largest weight
 LOW = (*FLOOR,)
+EXAMPLES = 8  # of a minibatch
 SMOOTH = ["SGD", "momentum"]  # a sign decides an update of the other bases, and rounding a sign
 
 
@@ -159,6 +160,9 @@ class Walk(Twin):
     def one_step(self) -> None:
         """In some form, with some gradients missing, autocast here or there, perhaps after one that does not happen."""
         self.form = self.random.choice(["step", "evaluations", "pairs"])
+        if self.form == "pairs" and self.fraction < 1:
+            self.refused_pair()
+            self.form = "step"
         trained = self.trains()
         for number in trained[1:]:  # one has a gradient at every evaluation
             if self.random.random() < 0.1:
@@ -189,6 +193,8 @@ class Walk(Twin):
         self.check()
 
     toggled: Sequence[int] = ()
+    fraction = 1.0
+    examples: int | None = None  # that an evaluation of ours sees
     around: str | None = None
 
     def casts(self, where: str) -> Any:
@@ -203,10 +209,20 @@ class Walk(Twin):
         with self.casts("closure"):
             for number in self.toggled:
                 self.params[number].requires_grad_(True)
+            evaluation = self.optimizer.evaluation
+            self.examples = EXAMPLES if evaluation is None else len(evaluation.part(torch.arange(EXAMPLES)))
             result = super().evaluate(index)
+            self.examples = None
             for number in self.toggled:
                 self.params[number].requires_grad_(False)
             return result
+
+    def gradient(self, number: int, w: Tensor, index: int) -> Tensor | None:
+        """Another one where an evaluation has fewer examples; theirs has them at its first one."""
+        g = super().gradient(number, w, index)
+        there = round(self.fraction * EXAMPLES) if index == 0 and self.examples is None else EXAMPLES
+        there = there if self.examples is None else self.examples
+        return None if g is None else g + 0.1 * (EXAMPLES - there) * values(*w.shape, seed=200 + number).to(w.dtype)
 
     def failed_step(self) -> None:
         """An exception or an interrupt at an evaluation, or the caller leaves: nothing has happened."""
@@ -251,6 +267,16 @@ class Walk(Twin):
 
         with pytest.raises(RuntimeError, match="zero_grad"):
             drive(self.optimizer, self.form, adds, self.optimizer.k)
+        self.assert_same(before)
+        self.optimizer.zero_grad()
+
+    def refused_pair(self) -> None:
+        """Of gradients that are there nobody knows whether they are of a part: nothing has happened."""
+        self.optimizer.zero_grad()
+        self.evaluate(0)
+        before = self.ours()
+        with pytest.raises(RuntimeError, match="ascent_fraction=1.0"):
+            self.optimizer.ascent_step()
         self.assert_same(before)
         self.optimizer.zero_grad()
 
@@ -330,6 +356,9 @@ class Walk(Twin):
         if self.optimizer.alpha != "adaptive":
             self.optimizer.alpha = self.random.choice([0.3, 0.7, 1.0])
 
+    def change_fraction(self) -> None:
+        self.fraction = self.optimizer.ascent_fraction = self.random.choice([0.25, 0.5, 1.0])
+
     def round_trip(self) -> None:
         if self.base == "Lister":  # torch gives an optimizer that loads other groups than those that it keeps
             return
@@ -397,8 +426,8 @@ class Walk(Twin):
         self.optimizer.zero_grad(set_to_none=self.random.random() < 0.5)
 
     CHANGES = (
-        add_group, remove_group, freeze_or_thaw, change_numbers, change_scaling, change_settings, round_trip, copied,
-        clear_state, other_backend, move, other_format, other_dtype, write_weights, clear_gradients,
+        add_group, remove_group, freeze_or_thaw, change_numbers, change_scaling, change_settings, change_fraction,
+        round_trip, copied, clear_state, other_backend, move, other_format, other_dtype, write_weights, clear_gradients,
     )  # fmt: skip
 
     def run(self, steps: int) -> "Walk":

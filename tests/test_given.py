@@ -129,7 +129,8 @@ def test_no_gradients_are_there(backend: str, method: str, left: bool) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("ascent_gradient", "previous"), ("microbatches", 2), ("same_randomness", True)]
+    ("name", "value"),
+    [("ascent_gradient", "previous"), ("microbatches", 2), ("same_randomness", True), ("ascent_fraction", 0.5)],
 )
 def test_methods_whose_evaluation_0_cannot_be_given(backend: str, name: str, value: Any) -> None:
     job = Job("lookbehind", "momentum", two_groups, backend, **{name: value})

@@ -110,11 +110,13 @@ SETTINGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "microbatches": ({"microbatches": 2}, {"microbatches": 1}),
     "one microbatch": ({"microbatches": 1}, {"microbatches": 4}),
     "reuse_gradient": ({"reuse_gradient": False}, {"reuse_gradient": True}),
+    "ascent_fraction": ({"ascent_fraction": 0.5, "k": 2}, {"ascent_fraction": 1.0, "k": 1}),
+    "whole ascents": ({"ascent_fraction": 1.0}, {"ascent_fraction": 0.25}),
     "ascent_gradient": ({"ascent_gradient": "previous"}, {"ascent_gradient": "current"}),
     "rho, adaptive, eta": ({"rho": 0.3, "adaptive": True, "eta": 0.2}, {"rho": 0.01, "adaptive": False, "eta": 0.05}),
 }
 ATTRIBUTES = ["k", "alpha", "alpha_scope", "rho_scope", "max_grad_norm", "nonfinite", "microbatches"]
-ATTRIBUTES += ["ascent_gradient", "reuse_gradient"]
+ATTRIBUTES += ["ascent_gradient", "reuse_gradient", "ascent_fraction"]
 
 
 @pytest.mark.sample(24)

@@ -51,7 +51,8 @@ def test_what_is_written_for_type_checkers_is_what_constructors_take(method: typ
     if method is Lookbehind:
         assert written - {*arguments.ASCENT} == own - {"params", "base_optimizer"}
     else:
-        refused = {ASAM: {"adaptive"}, compat.SingleFileSAM: {"microbatches", "ascent_gradient"}}.get(method, set())
+        refused = {ASAM: {"adaptive"}, compat.SingleFileSAM: {"microbatches", "ascent_gradient", "ascent_fraction"}}
+        refused = refused.get(method, set())
         assert taken - refused - {*arguments.OLD_NAMES} == written | own
 
 

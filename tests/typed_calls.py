@@ -58,6 +58,7 @@ Lookbehind(model.parameters(), "SGD", lr=0.1)  # error: call-overload
 Lookbehind(model.parameters(), SGD, 0.05, lr=0.1)  # error: call-overload
 Lookbehind(model.parameters(), SGD, lr=0.1, k=2.5)  # error: call-overload
 Lookbehind(model.parameters(), SGD, lr=0.1, rho="0.05")  # error: call-overload
+Lookbehind(model.parameters(), SGD, lr=0.1, ascent_fraction="1/4")  # error: call-overload
 Lookbehind(model.parameters(), SGD, lr=0.1, buffers_at_slow=True)  # error: call-overload
 SAM(None, SGD, lr=0.1)  # error: call-overload
 ASAM(model.parameters(), SGD, "0.5")  # error: call-overload
@@ -70,8 +71,9 @@ base = SGD(model.parameters(), lr=0.1)
 optimizer = Lookbehind(None, base, rho=0.1, k=3, nonfinite="skip", backend="native")
 Lookbehind(model.parameters(), base, ascent_rho=0.1, buffers_at_slow=model, model=model)
 SAM(None, base, 0.05, adaptive=True, microbatches=2)
+SAM(None, base, ascent_fraction=0.25)
 ASAM(None, base, 0.5, eta=0.01)
-MultistepSAM(None, base, k=3, adaptive=True, eta=0.1, average=True)
+MultistepSAM(None, base, k=3, adaptive=True, eta=0.1, average=True, ascent_fraction=0.5)
 Lookahead(base, 5, 0.5)
 compat.LookbehindSAM(base, model, rho=0.05, k_steps=5, alpha=-1)
 

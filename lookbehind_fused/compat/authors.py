@@ -52,7 +52,10 @@ class AuthorsForm:
             the message names it, and the optimizer is as it was.
     """
 
-    FIXED: ClassVar = ("microbatches", "ascent_gradient", "reuse_gradient", "alpha_scope", "adaptive")
+    FIXED: ClassVar = (
+        *("microbatches", "ascent_gradient", "ascent_fraction"),
+        *("reuse_gradient", "alpha_scope", "adaptive"),
+    )
     INSIDE: ClassVar = Lookbehind
     scales_weights: ClassVar[bool]
     """Whether ascents are scaled by |w| + eta, in tensors whose name in the model contains "weight"."""

@@ -66,7 +66,7 @@ class SingleFileSAM(SAM):
         check_bool("use_gc", use_gc)
         if not (is_number(perturb_eps) and 0 <= perturb_eps <= 1e-8):
             raise wrong("perturb_eps", "a number in [0, 1e-8]", perturb_eps, (numbers.Real,))
-        refuse(self, settings, "microbatches", "ascent_gradient")
+        refuse(self, settings, "microbatches", "ascent_gradient", "ascent_fraction")
         self.use_gc = use_gc
         base: Any = base_optimizer  # of either kind
         super().__init__(params, base, rho, adaptive, eta=eta, model=model, **settings)

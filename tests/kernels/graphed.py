@@ -130,7 +130,7 @@ class Work:
         self.inner, self.graphed = inner, inner.graphed(self.closure) if graphed else None
 
     def closure(self, *evaluation: Any) -> Tensor:
-        shift = 0.2 * evaluation[0].microbatch if evaluation else 0.0
+        shift = 0.2 * evaluation[0].microbatch + 0.3 * (1 - evaluation[0].fraction) if evaluation else 0.0
         loss = torch.zeros((), device=where)
         scale = torch.ones((), device=where) if self.scaler is None else self.scaler._scale
         for n, (p, t) in enumerate(zip(self.params, self.targets, strict=True)):
@@ -168,6 +168,7 @@ CASES: dict[str, Callable[..., Any]] = {
     "clipped": of(Lookbehind, torch.optim.SGD, momentum=0.8, k=2, max_grad_norm=0.3),
     "skip": of(Lookbehind, torch.optim.Adam, k=2, nonfinite="skip"),
     "m-SAM": of(Lookbehind, torch.optim.SGD, momentum=0.8, k=2, microbatches=2),
+    "part": of(Lookbehind, torch.optim.SGD, momentum=0.8, k=2, ascent_fraction=0.25),
     "2k": of(Lookbehind, torch.optim.SGD, momentum=0.8, k=2, reuse_gradient=False),
     "multistep": of(MultistepSAM, torch.optim.SGD, momentum=0.8, k=2, average=True),
     "lookahead": lookahead,
