@@ -19,8 +19,8 @@ class Record:
 
     steps_per_epoch: int
     step: int = 0
-    evaluations: int = 0
-    """Gradients that were computed, counted where they are."""
+    evaluations: float = 0
+    """Gradients that were computed, counted where they are; one of a part of the minibatch counts as that part."""
     seconds: float = 0.0
     """Spent in training steps: no evaluation on the test images, no files."""
     loss: list[float] = field(default_factory=list)

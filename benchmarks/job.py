@@ -1,10 +1,11 @@
 """What the methods of one run share: device, data, network, first weights, training, measures."""
 
 import argparse
+import itertools
 import math
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -121,15 +122,15 @@ class Job:
         alphas: list[Tensor] = []
         start = time.perf_counter()
         while record.step < stop:
-            before = record.evaluations
+            calls = itertools.count()
 
-            def closure(evaluation: Any = None, before: int = before) -> Tensor:
+            def closure(evaluation: Any = None, calls: Iterator[int] = calls) -> Tensor:
                 optimizer.zero_grad()
-                inner = min(record.evaluations - before, minibatches - 1)
+                inner = min(next(calls), minibatches - 1)
                 batch = self.batch(minibatches * record.step + inner)
                 loss = self.loss(batch if evaluation is None else evaluation.part(batch))
                 loss.backward()
-                record.evaluations += 1
+                record.evaluations += 1 if evaluation is None else evaluation.fraction
                 return loss
 
             losses.append(optimizer.step(closure).detach())

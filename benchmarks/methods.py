@@ -23,8 +23,8 @@ class Method:
     """From the base optimizer and the options of the run."""
     uses: tuple[str, ...]
     """Which of the options k, alpha and rho it has."""
-    gradients: tuple[int, int]
-    """Evaluations a step: so many times k, and so many more."""
+    gradients: tuple[int, float]
+    """Evaluations of a minibatch a step: so many times k, and so many more; one of a part counts as that part."""
     switches: bool = False
     """Each of the k inner steps has a minibatch of its own."""
 
@@ -59,7 +59,16 @@ def _lookbehind_free(base: SGD, options: argparse.Namespace) -> Lookbehind:
     return _lookbehind(base, options, options.alpha, **free)
 
 
-# Okabe and Ito's palette and three more, which colour-blind readers tell apart; one colour a method, in every picture.
+def _sam_quarter(base: SGD, options: argparse.Namespace) -> SAM:
+    return _sam(base, options, ascent_fraction=0.25, microbatches=1)
+
+
+def _lookbehind_quarter(base: SGD, options: argparse.Namespace) -> Lookbehind:
+    quarter = {"ascent_fraction": 0.25, "reuse_gradient": True, "microbatches": 1}
+    return _lookbehind(base, options, options.alpha, **quarter)
+
+
+# Okabe and Ito's palette and five more, which colour-blind readers tell apart; one colour a method, in every picture.
 METHODS = {
     "sgd": Method("SGD", "#7F7F7F", lambda base, o: base, (), (0, 1)),
     "lookahead": Method("Lookahead-SGD", "#262626", _lookahead, ("k", "alpha"), (0, 1)),
@@ -80,6 +89,10 @@ METHODS = {
     "sam-free": Method("SAM, free ascent", "#CC79A7", _sam_free, ("rho",), (0, 1)),
     "lookbehind-free": Method(
         "Lookbehind-SAM, free ascent", "#882255", _lookbehind_free, ("rho", "k", "alpha"), (1, 0), switches=True
+    ),
+    "sam-quarter": Method("SAM, ascent on a quarter", "#44AA99", _sam_quarter, ("rho",), (0, 1.25)),
+    "lookbehind-quarter": Method(
+        "Lookbehind-SAM, ascent on a quarter", "#999933", _lookbehind_quarter, ("rho", "k", "alpha"), (1, 0.25)
     ),
 }
 DEFAULT = ("sgd", "sam", "lookbehind", "lookbehind-adaptive")

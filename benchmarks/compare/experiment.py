@@ -89,7 +89,7 @@ class Run:
         return "-".join(parts)
 
     @property
-    def cost(self) -> int:
+    def cost(self) -> float:
         """Gradient evaluations, in units of an epoch."""
         times_k, more = METHODS[self.method].gradients
         return self.epochs * (times_k * (self.k or 0) + more)

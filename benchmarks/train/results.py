@@ -27,7 +27,7 @@ class Row:
     """A fraction, after the last epoch."""
     final_loss: float
     """Mean training loss over the steps of the last epoch."""
-    gradient_evaluations: int
+    gradient_evaluations: float
     seconds: float
     seconds_per_evaluation: float
     sharpness: float | None
@@ -70,7 +70,7 @@ def format_table(rows: list[Row]) -> str:
             row.method,
             f"{row.test_accuracy:.2%}",
             f"{row.final_loss:.4g}",
-            f"{row.gradient_evaluations:,}",
+            f"{row.gradient_evaluations:,.10g}",
             f"{row.seconds:.1f}",
             f"{row.seconds_per_evaluation:.5f}",
             "" if row.sharpness is None else f"{row.sharpness:.4g}",
