@@ -131,15 +131,16 @@ class Lookbehind(Forms):
             k > 1; with ``step(closure)`` and ``evaluations()`` only.
         ascent_fraction: in (0, 1]. Less than 1: a gradient that is for an ascent alone is one of the first part of the
             minibatch (Bahri, Mobahi, Tay 2021, arXiv 2110.08529, who take a quarter; K-SAM, arXiv 2210.12864, and ESAM,
-            arXiv 2110.03141, choose examples by their losses), of n examples ``ascent_fraction`` * n, rounded to the
-            nearest whole number (a half to the even one), at least one. The closure is called with the ``Evaluation``,
-            whose ``part(batch)`` is that part, or the whole batch where the gradient is descended with; the loss
-            returned is that of the part. In gradients of a whole minibatch SAM then costs 1 + ``ascent_fraction`` a
-            step, Lookbehind k + ``ascent_fraction``: its later ascents follow the gradients of its descents. Without
-            that reuse all k ascents are by parts, at k (1 + ``ascent_fraction``), along another trajectory;
-            ``MultistepSAM`` costs 1 + k ``ascent_fraction``, and k + ``ascent_fraction`` with ``average``. The fewer
-            the examples, the larger the best rho (README). Not with ``microbatches``, ``ascent_gradient="previous"``,
-            given gradients, or ``ascent_step()``, whose caller takes a part of the minibatch itself.
+            arXiv 2110.03141, choose examples by their losses instead): of n examples ``ascent_fraction`` * n, rounded
+            to the nearest whole number (a half to the even one), at least one. The closure is called with the
+            ``Evaluation``, whose ``part(batch)`` is that part, or the whole batch where the gradient is descended with;
+            the loss returned, and the buffers of ``buffers_at_slow``, are those of the part. In gradients of a whole
+            minibatch SAM then costs 1 + ``ascent_fraction`` a step, Lookbehind k + ``ascent_fraction``: its later
+            ascents follow the gradients of its descents. Without that reuse all k ascents are by parts, at
+            k (1 + ``ascent_fraction``), along another trajectory; ``MultistepSAM`` costs 1 + k ``ascent_fraction``,
+            and k + ``ascent_fraction`` with ``average``. The fewer the examples, the larger the best rho (README). Not
+            with ``microbatches``, ``ascent_gradient="previous"``, given gradients, or ``ascent_step()``, whose caller
+            takes a part of the minibatch itself.
         buffers_at_slow: the model, or None: its buffers (BatchNorm's running statistics and whatever else a forward
             pass changes) are those of the evaluations at the slow weights; what perturbed ones have done to them is
             undone (``lookbehind_fused.buffers_at_slow``). ``running_stats_at_slow`` is the name that it had.

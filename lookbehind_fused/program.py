@@ -158,7 +158,7 @@ class Trace:
 
 def on_a_part(program: Program, fraction: float) -> Program:
     """The same program on a part of the minibatch where a gradient is for an ascent alone (Bahri, Mobahi, Tay 2021,
-    section 3.3). Gradients that a descent or a mean takes are of the whole.
+    arXiv 2110.08529). Gradients that a descent or a mean takes are of the whole.
 
     Raises:
         ValueError: there is no such gradient.

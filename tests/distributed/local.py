@@ -76,8 +76,12 @@ class Pair:
         x = values(4, 3, seed=100 * self.steps + part)
         return torch.cat([x[:, :1].abs() * (1 if part // self.microbatches else -1), x[:, 1:]], 1).to(self.dtype)
 
+    def seen(self, part: int, evaluation: Any) -> Tensor:
+        """What of its examples an evaluation is to see."""
+        return self.examples(part)
+
     def evaluate(self, model: nn.Module, part: int, evaluation: Any) -> Tensor:
-        x = self.examples(part)
+        x = self.seen(part, evaluation)
         loss = (model(x).squeeze(-1) - x.sin().sum(-1)).square().mean()
         loss.backward()
         of_each = getattr(self.optimizer, "k", 1) + 1  # evaluations of a microbatch, where gradients are reused
@@ -178,6 +182,25 @@ def multistep(average: bool) -> None:
             other.step()
             for number, (p, q) in enumerate(zip(wrapped.parameters(), params, strict=True)):
                 assert_close(f"k = {k}, step {step}: tensor {number}", p.detach(), q.detach(), TOLERANCE)
+
+
+class OnHalves(Pair):
+    """Ascents alone are on half of each rank's examples; on one process, which has microbatches, by hand."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.optimizer.ascent_fraction = 0.5
+
+    def seen(self, part: int, evaluation: Any) -> Tensor:
+        x = self.examples(part)
+        if evaluation.microbatches == 1:
+            return evaluation.part(x)
+        return x if evaluation.perturbed else x[:2]
+
+
+def on_halves() -> None:
+    for k, alpha in ((1, 1.0), (2, 0.4), (3, "adaptive")):
+        OnHalves(k=k, alpha=alpha, rho=0.2).both(3)
 
 
 def low_precision() -> None:
@@ -516,10 +539,12 @@ def compressed(ascents: str) -> None:
             assert_close(f"step {step}: tensor {number}", p.detach(), q.detach(), 1e-4)
 
 
+DIFFERENT = (("k", 3), ("alpha", 0.7), ("max_grad_norm", 0.1), ("ascent_fraction", 0.5))
 OF_ANY: dict[str, Callable[[], None]] = {
     **{f"local-{method}": partial(as_one_process, method) for method in ROWS},
     **{f"local-own-{base}": partial(each_reaches_its_own, base) for base in BASES},
     **{f"local-multistep-{average}": partial(multistep, average) for average in (False, True)},
+    "local-halves": on_halves,
     "local-bfloat16": low_precision,
     **{f"local-order-{k}": partial(order, k) for k in (1, 2, 3)},
 }
@@ -534,6 +559,6 @@ CASES: dict[str, Callable[[], None]] = {
     "local-break": left_early,
     "local-refused": refused,
     "local-refused-later": refused_at_the_step,
-    **{f"local-differ-{n}": partial(different, n, v) for n, v in (("k", 3), ("alpha", 0.7), ("max_grad_norm", 0.1))},
+    **{f"local-differ-{n}": partial(different, n, v) for n, v in DIFFERENT},
     **{f"compressed-{ascents}": partial(compressed, ascents) for ascents in ("synced", "local")},
 }
