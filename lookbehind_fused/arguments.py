@@ -66,11 +66,6 @@ class Settings(NamedTuple):
         return self.nonfinite == "skip"
 
     @property
-    def in_parts(self) -> bool:
-        """Whether evaluations see parts of the minibatch, so that a closure has to be told which."""
-        return self.microbatches > 1 or self.ascent_fraction < 1
-
-    @property
     def descents_need_norms(self) -> bool:
         """Whether a descent clips or skips."""
         return self.max_grad_norm is not None or self.skips

@@ -78,7 +78,7 @@ class Forms(Loop):
         are there.
         """
         losses: list[Any] = []
-        in_parts = step.settings.in_parts
+        in_parts = self.microbatches > 1 or self.ascent_fraction < 1  # of the minibatch: it has to be told which
         evaluations = self._evaluate(step, given=given)
         try:
             try:
