@@ -7,7 +7,7 @@ A step of SGD with momentum, k = 2, static alpha, float32, moves 68 bytes a para
     captured step = device + replay
 
 ``bandwidth`` is what the vendor states, ``share`` how much of it a large copy reaches (assumed: 0.9, and that the
-passes reach what a copy does: an H200 has shown 0.87 to 0.93 of its copy), ``gap`` between two kernels on the device,
+passes reach what a copy does: an H200 has shown 0.94 to 0.96), ``gap`` between two kernels on the device,
 ``launch`` what one costs the host beside Python, ``replay`` of one graph: assumed. ``host`` is measured where this
 runs, with launches that do nothing (``benchmarks.bench.host``): a server's processor may be twice as fast.
 """
