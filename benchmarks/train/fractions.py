@@ -113,8 +113,9 @@ def _line(row: Sequence[Run], found: dict[str, float], seeds: int) -> list[str]:
 
 
 def _label(run: Run) -> list[str]:
-    text = KINDS[run.kind].format(f"1/{1 / run.fraction:g}").replace("the first 1/1", "all")
-    return [text, f"{run.cost:.4g}"]
+    whole = run.kind == "sam" and run.fraction == 1
+    text = "SAM" if whole else KINDS[run.kind].format(f"1/{1 / run.fraction:g}")
+    return [text, f"{run.cost:g}"]
 
 
 def _spread(percent: Sequence[float]) -> str:

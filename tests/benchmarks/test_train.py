@@ -548,10 +548,11 @@ def test_fractions_are_compared(few_fractions, monkeypatch, capsys, tmp_path):
     accuracies, times, where = capsys.readouterr().out.split("\n\n")
     rows, of_times = ([line.split(" | ") for line in table.splitlines()[2:]] for table in (accuracies, times))
     assert [row[0].removeprefix("| ") for row in rows] == [
-        "SGD", "ascent on all of the minibatch", "ascent on the first 1/4 of the minibatch",
+        "SGD", "SAM", "ascent on the first 1/4 of the minibatch",
         "ascent on 1/4 of another minibatch of the epoch", "ascent in a random direction", "SAM at every second step",
     ]  # fmt: skip
     assert [row[1] for row in rows] == ["1", "2", "1.25", "1.25", "1", "1.5"]
+    assert fractions._label(fractions.Run("sam", 0, 1 / 16)) == ["ascent on the first 1/16 of the minibatch", "1.0625"]
     found = json.loads((tmp_path / fractions.NAME).read_text())["accuracy"]
     for row, kind in zip(
         rows, ("sgd", "sam fraction 1", "sam fraction 0.25", "other", "random", "second"), strict=True
