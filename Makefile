@@ -10,14 +10,15 @@ PY     := $(VENV)/bin/python
 PIP    := $(PY) -m pip --disable-pip-version-check
 READY  := $(VENV)/.ready
 WITH_TRAINERS := $(VENV)/.trainers
-CODE   := setup.py lookbehind_fused benchmarks examples tests
+WITH_DOCS := $(VENV)/.docs
+CODE   := setup.py lookbehind_fused benchmarks docs examples tests
 CPP    := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.inc csrc/*/*.cu csrc/*/*.cuh tests/*/*.cpp)
 CXX    ?= g++
 
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
 .PHONY: help setup train compare test test-all trainers fuzz bench bench-distributed gpu-check sanitize dist-check matrix \
-	check format clean
+	docs check format clean
 
 # An interpreter that was asked for by name must be the one in .venv; otherwise any that .venv has will do.
 VERSION := import sys; print("%d.%d" % sys.version_info[:2])
@@ -54,6 +55,10 @@ test-all: $(READY)  ## run every test: 45 CPU minutes
 
 trainers: $(WITH_TRAINERS)  ## run the tests of Lightning, Fabric, Hugging Face, Accelerate, skorch, which it installs first
 	@$(PY) -m pytest -n auto --dist loadgroup tests/integrations $(ARGS)
+
+docs: $(WITH_DOCS)  ## build the documentation into build/site, which can be opened from there; no link in it may be dead
+	@NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --quiet --strict $(ARGS)
+	@$(PY) -m tests.docs.links build/site
 
 fuzz: $(READY)  ## ten thousand random walks over the interface: 15 CPU minutes; ARGS="--first N" takes others
 	@$(PY) -m tests.fuzz $(ARGS)
@@ -129,3 +134,9 @@ $(WITH_TRAINERS): $(READY)
 	@echo "installing the trainers"
 	@$(PIP) install -qq --no-build-isolation -c constraints.txt -e '.[trainers]'
 	@touch $(WITH_TRAINERS)
+
+$(WITH_DOCS): $(READY)
+	@rm -f $(WITH_DOCS)
+	@echo "installing what builds the documentation"
+	@$(PIP) install -qq --no-build-isolation -c constraints.txt -e '.[docs]'
+	@touch $(WITH_DOCS)
