@@ -40,10 +40,10 @@ if TYPE_CHECKING:
 
 
 class Lookbehind(Forms):
-    r"""Lookbehind-SAM and Lookbehind-ASAM over a torch optimizer (Mordido et al., ICML 2024, algorithm 1).
+    """Lookbehind-SAM and Lookbehind-ASAM over a torch optimizer (Mordido et al., ICML 2024, algorithm 1).
 
     One outer step takes k ascent steps "behind" the weights and moves ``fast`` weights with the gradients found there,
-    then interpolates (slow, fast and perturbed weights are the paper's :math:`\phi_t, \phi_{t,i}, \phi'_{t,i}`)::
+    then interpolates (slow, fast and perturbed weights are the paper's phi_t, phi_{t,i}, phi'_{t,i})::
 
         slow = fast = perturbed = params;  g = grad(perturbed)
         for i in 1..k:
@@ -95,7 +95,8 @@ class Lookbehind(Forms):
             minibatch at hand, but the stale ascent of AsyncSAM (Jo, Lim, Lee 2025, arXiv 2503.11147) with a delay of
             one step; the first step of all does not ascend before its first evaluation. Takes a copy of the
             gradients from step to step; ``ascent_step()`` and ``descent_step()`` have no meaning with it. In this
-            project's comparison (README) it gains a part of what SAM gains for k = 1, and nothing for k = 2.
+            project's comparison (benchmarks/results/compare.md) it gains a part of what SAM gains for k = 1, and nothing
+            for k = 2.
         microbatches: m > 1: m-SAM (Foret et al. 2021, section 3). Each of m equal parts of the minibatch ascends by its
             own gradients; the i-th descent uses the mean of the gradients that they have found at their i-th points.
             m (k + 1) evaluations of a part each; the closure is called with the ``Evaluation``, whose ``part(batch)``

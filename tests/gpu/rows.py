@@ -1,4 +1,4 @@
-"""What a check found: how it is run, told from one process to another, printed, and written for the README."""
+"""What a check found: how it is run, told from one process to another, printed, and written as Markdown."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def run(check: Check) -> Row:
 
 
 def table(title: str, rows: Iterable[Row]) -> str:
-    """Markdown, for the README."""
+    """Markdown, for the documentation."""
     lines = markdown(
         ("checked", "verdict", "seconds", "found"),
         [
