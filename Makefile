@@ -57,7 +57,7 @@ trainers: $(WITH_TRAINERS)  ## run the tests of Lightning, Fabric, Hugging Face,
 	@$(PY) -m pytest -n auto --dist loadgroup tests/integrations $(ARGS)
 
 docs: $(WITH_DOCS)  ## build the documentation into build/site, which can be opened from there; no link in it may be dead
-	@NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --quiet --strict $(ARGS)
+	@NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict $(ARGS)
 	@$(PY) -m tests.docs.links build/site
 
 fuzz: $(READY)  ## ten thousand random walks over the interface: 15 CPU minutes; ARGS="--first N" takes others
