@@ -11,4 +11,5 @@ from tests.docs.pages import run
 folder, rank, ranks, pages = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4:]
 if ranks == 1:
     captured.use_double()
+    captured.check_double()
 run_cases({page.replace("/", "-"): partial(run, page, folder) for page in pages}, folder, rank, ranks)

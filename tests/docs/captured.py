@@ -5,13 +5,16 @@ pass, is shown each call of the closure as one thing. The passes are native's (`
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._C import DisableTorchFunction
 
 from lookbehind_fused import Lookbehind, graphs
+from tests.docs.pages import own
 from tests.gpu.machine import here
 from tests.kernels import graphed
 
@@ -55,3 +58,31 @@ def use_double() -> None:
         return capture(optimizer, noted, *args)
 
     Lookbehind.graphed = of_whole_closures  # type: ignore[method-assign]
+
+
+def check_double() -> None:
+    """Steps that are replayed and steps that are not end at the same bits.
+
+    Raises:
+        AssertionError: they do not.
+    """
+    ends = []
+    for is_captured in (True, False):
+        names = own(Path())
+        model, x, y = names["model"].eval(), names["inputs"].clone(), names["targets"].clone()
+        optimizer = Lookbehind(model.parameters(), torch.optim.SGD, lr=0.1, momentum=0.9, k=2, backend="triton")
+
+        def closure(model: nn.Module = model, x: Tensor = x, y: Tensor = y) -> Tensor:
+            loss = nn.functional.cross_entropy(model(x), y)
+            loss.backward()
+            return loss.detach()
+
+        step = optimizer.graphed(closure) if is_captured else partial(optimizer.step, closure)
+        losses = []
+        for inputs, targets in names["loader"]:
+            x.copy_(inputs)
+            y.copy_(targets)
+            losses.append(step().clone())
+        ends.append([*losses, *(p.detach() for p in model.parameters())])
+    assert all(map(torch.equal, *ends)), "steps that are replayed are not those that they replace"
+    assert not torch.equal(ends[0][0], ends[0][1])
