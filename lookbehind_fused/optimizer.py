@@ -93,10 +93,9 @@ class Lookbehind(Forms):
             and then with that of each inner step, whatever the minibatch: every minibatch costs one evaluation, k a
             step, as with k steps of SGD. That is not the paper's algorithm, whose ascent follows the gradient of the
             minibatch at hand, but the stale ascent of AsyncSAM (Jo, Lim, Lee 2025, arXiv 2503.11147) with a delay of
-            one step; the first step of all does not ascend before its first evaluation. Takes a copy of the
-            gradients from step to step; ``ascent_step()`` and ``descent_step()`` have no meaning with it. In this
-            project's comparison (benchmarks/results/compare.md) it gains a part of what SAM gains for k = 1, and nothing
-            for k = 2.
+            one step; the first step of all does not ascend before its first evaluation. Takes a copy of the gradients
+            from step to step; ``ascent_step()`` and ``descent_step()`` have no meaning with it. In this project's
+            comparison (benchmarks/results/compare.md) it gains a part of what SAM gains for k = 1, nothing for k = 2.
         microbatches: m > 1: m-SAM (Foret et al. 2021, section 3). Each of m equal parts of the minibatch ascends by its
             own gradients; the i-th descent uses the mean of the gradients that they have found at their i-th points.
             m (k + 1) evaluations of a part each; the closure is called with the ``Evaluation``, whose ``part(batch)``
