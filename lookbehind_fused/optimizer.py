@@ -138,7 +138,7 @@ class Lookbehind(Forms):
             minibatch SAM then costs 1 + ``ascent_fraction`` a step, Lookbehind k + ``ascent_fraction``: its later
             ascents follow the gradients of its descents. Without that reuse all k ascents are by parts, at
             k (1 + ``ascent_fraction``), along another trajectory; ``MultistepSAM`` costs 1 + k ``ascent_fraction``,
-            and k + ``ascent_fraction`` with ``average``. The fewer the examples, the larger the best rho (README). Not
+            and k + ``ascent_fraction`` with ``average``. The fewer the examples, the larger the best rho (docs). Not
             with ``microbatches``, ``ascent_gradient="previous"``, given gradients, or ``ascent_step()``, whose caller
             takes a part of the minibatch itself.
         buffers_at_slow: the model, or None: its buffers (BatchNorm's running statistics and whatever else a forward
