@@ -1,6 +1,7 @@
 """The pictures of the documentation: that their points are the algorithm's, and that they can be read on both pages."""
 
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -64,7 +65,9 @@ def luminance(colour):
 
 def test_every_colour_stands_out_from_both_pages():
     """By 3 to 1, which WCAG 2.1 asks of graphics and large text (1.4.3, 1.4.11); nothing is filled behind it."""
-    for name, picture in algorithm.draw().items():
+    pictures = algorithm.draw()
+    assert set(pictures) == {path.name for path in Path(algorithm.__file__).parent.glob("*.svg")}
+    for name, picture in pictures.items():
         colours = set(re.findall(rb"#[0-9a-f]{6}", picture))
         assert len(colours) >= 4, name
         for colour in colours:
