@@ -17,8 +17,8 @@ CXX    ?= g++
 
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
-.PHONY: help setup train compare test test-all trainers fuzz bench bench-distributed gpu-check sanitize dist-check matrix \
-	docs check format clean
+.PHONY: help setup train compare lifelong test test-all trainers docs fuzz bench bench-distributed gpu-check \
+	sanitize dist-check matrix check format clean
 
 # An interpreter that was asked for by name must be the one in .venv; otherwise any that .venv has will do.
 VERSION := import sys; print("%d.%d" % sys.version_info[:2])
@@ -39,13 +39,16 @@ setup: $(READY)  ## make .venv and install everything into it (the second time t
 	@echo "$(VENV) is ready"
 
 # Threads that wait are to sleep: where other programs share the cores, spinning ones cost ten times the time.
-train compare test test-all trainers fuzz: export OMP_WAIT_POLICY ?= PASSIVE
+train compare lifelong test test-all trainers fuzz: export OMP_WAIT_POLICY ?= PASSIVE
 
 train: $(READY)  ## run the main job; ARGS="--help" lists its options
 	@$(PY) -m benchmarks.train $(ARGS)
 
 compare: $(READY)  ## compare the methods, each tuned, three seeds: 45 minutes on two cores; goes on where it stopped
 	@$(PY) -m benchmarks.compare $(ARGS)
+
+lifelong: $(READY)  ## what is forgotten of 20 tasks by SGD, SAM, Lookbehind and over C-MAML: an hour; goes on where it stopped
+	@$(PY) -m benchmarks.lifelong $(ARGS)
 
 test: $(READY)  ## run what a change needs: of large tables a sample, another one each time; ARGS are pytest's
 	@$(PY) -m pytest -n auto --dist loadgroup $(ARGS)
