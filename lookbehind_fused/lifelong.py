@@ -12,7 +12,7 @@ gradient, and any optimizer may step with it::
 
 These two names are of algorithms 3 and 4 in the appendix of Lookbehind-SAM's paper. They are built here from the
 definitions of Lookahead (Zhang et al. 2019, algorithm 1), Lookbehind (algorithm 1 of that paper) and C-MAML: every
-gradient that the one asks for is that of the other. Where the appendix differs from that, it was not at hand.
+gradient that the one asks for is that of the other. The text of the appendix was not at hand, and may differ.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ import io
 import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
 
 from benchmarks.lifelong.experiment import WAYS
 from benchmarks.lifelong.report import Report, Row
@@ -37,6 +38,7 @@ def draw(report: Report) -> bytes:
             axes[0, column].set_xlabel("tasks learnt")
             axes[1, column].set_xlabel("forgetting (points)")
             axes[0, column].legend(frameon=False, fontsize=7.5)
+            axes[0, column].xaxis.set_major_locator(MaxNLocator(integer=True))
         axes[0, 0].set_ylabel("correct (%)")
         axes[1, 0].set_ylabel("average accuracy (%)")
         seeds = "one seed" if report.seeds == 1 else f"{report.seeds} seeds"
