@@ -52,8 +52,8 @@ class Settings:
     """So many of the first tasks are trained on in a tuning run."""
     trials: int = 12
     """Tuning runs of every row."""
-    lrs: tuple[float, ...] = (0.003, 0.005, 0.008, 0.0125, 0.02, 0.03, 0.05, 0.08, 0.125, 0.2, 0.3, 0.5)
-    rhos: tuple[float, ...] = (0.02, 0.05, 0.1, 0.2)
+    lrs: tuple[float, ...] = (0.01, 0.014, 0.02, 0.028, 0.04, 0.056, 0.08, 0.11, 0.16, 0.22, 0.3, 0.4)
+    rhos: tuple[float, ...] = (0.01, 0.02, 0.05, 0.1)
     ks: tuple[int, ...] = (2, 5)
     alphas: tuple[float, ...] = (0.2, 0.5, 0.8)
     lookahead_ks: tuple[int, ...] = (5, 10)

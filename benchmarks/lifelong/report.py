@@ -12,7 +12,7 @@ from scipy.stats import ttest_1samp
 
 from benchmarks import tables
 from benchmarks.lifelong import experiment
-from benchmarks.lifelong.experiment import ROWS, WAYS, Done, Options, Settings
+from benchmarks.lifelong.experiment import ROWS, SETTINGS, WAYS, Done, Options, Settings
 from benchmarks.lifelong.streams import STREAMS
 
 HOLDS, FAILS, OPEN = "holds", "does not hold", "not resolved"
@@ -21,6 +21,11 @@ ABSENT = """
     Lookbehind-C-MAML are Lookahead (Zhang et al. 2019) and Lookbehind around C-MAML (Gupta et al. 2020, arXiv
     2007.13904, algorithm 1 with constant learning rates, first order, and its public code for when the memory is
     drawn from and offered to); the grids are this project's, alpha and k as the authors' public README has them.
+"""
+
+WIDER = """
+    Learning rates from 0.003 to 0.5 and rho from 0.02 to 0.2 were looked at first, for SGD and SAM on the rotations'
+    validation images of that seed, and these grids are what they were narrowed to.
 """
 
 
@@ -193,7 +198,7 @@ def markdown(report: Report) -> str:
             (learning rates {_list(s.lrs)}; rho {_list(s.rhos)}; k {_list(s.ks)}, for Lookahead {_list(s.lookahead_ks)};
             alpha {_list(s.alphas)}; C-MAML's inner learning rates {_list(s.inner_lrs)}) are thinned by a rule: every
             learning rate equally often, each further value dealt from a shuffled deck that has all of them equally
-            often."""),
+            often. {WIDER if s.stream in SETTINGS else ""}"""),
         "\n".join(tables.markdown(*_tuning(report))),
         "## What it was made with",
         _paragraph(f"""
