@@ -47,7 +47,7 @@ train: $(READY)  ## run the main job; ARGS="--help" lists its options
 compare: $(READY)  ## compare the methods, each tuned, three seeds: 45 minutes on two cores; goes on where it stopped
 	@$(PY) -m benchmarks.compare $(ARGS)
 
-lifelong: $(READY)  ## what is forgotten of 20 tasks by SGD, SAM, Lookbehind and over C-MAML: an hour; goes on where it stopped
+lifelong: $(READY)  ## learn 20 tasks one after the other with each method: two CPU hours; goes on where it stopped
 	@$(PY) -m benchmarks.lifelong $(ARGS)
 
 test: $(READY)  ## run what a change needs: of large tables a sample, another one each time; ARGS are pytest's

@@ -57,7 +57,7 @@ def of_task(inputs: Tensor, targets: Tensor, task: int) -> Examples:
             "targets: expected one for each of at least one input, got "
             f"{tuple(targets.shape)} for inputs of {tuple(inputs.shape)}"
         )
-    return Examples(inputs, targets, torch.full((len(inputs),), task, device=targets.device))
+    return Examples(inputs, targets, torch.full((len(inputs),), task, dtype=torch.int64, device=targets.device))
 
 
 class Reservoir:
@@ -83,7 +83,7 @@ class Reservoir:
         check_int("capacity", capacity, 1)
         check_int("seed", seed, 0)
         self.capacity, self.seen = capacity, 0
-        self.generator = torch.Generator().manual_seed(seed)
+        self.generator = torch.Generator("cpu").manual_seed(seed)
         self._held: Examples | None = None  # of ``capacity`` rows, of which the first ``len(self)`` are examples
 
     def __len__(self) -> int:
@@ -116,7 +116,7 @@ class Reservoir:
         for row in range(len(examples.tasks)):
             place = self.seen
             if place >= self.capacity:  # algorithm R: one of all that were seen, this one included
-                place = int(torch.randint(self.seen + 1, (), generator=self.generator))
+                place = int(torch.randint(self.seen + 1, (), generator=self.generator, device="cpu"))
             self.seen += 1
             if place < self.capacity:
                 for held, offered in zip(self._held, examples, strict=True):
@@ -127,7 +127,7 @@ class Reservoir:
         check_int("count", count, 0)
         if self._held is None or count == 0:
             return None
-        places = torch.randperm(len(self), generator=self.generator)[:count]
+        places = torch.randperm(len(self), generator=self.generator, device="cpu")[:count]
         return Examples(*(held[places.to(held.device)] for held in self._held))
 
     def state_dict(self) -> dict[str, Any]:

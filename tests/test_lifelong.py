@@ -2,6 +2,7 @@
 
 import copy
 import random
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -275,6 +276,19 @@ def test_random_numbers_of_others_stay_as_they_are() -> None:
     memory.sample(2)
     assert torch.equal(before[0], torch.get_rng_state())
     assert before[1] == random.getstate()
+
+
+def test_neither_default_device_nor_dtype_matters() -> None:
+    drawn = []
+    inputs, targets = torch.arange(20), torch.arange(20)
+    for surroundings in (nullcontext(), torch.device("meta")):
+        with surroundings:
+            memory = Reservoir(6, seed=4)
+            memory.push(of_task(inputs, targets, 1))
+            drawn.append(memory.sample(4))
+    for a, b in zip(*drawn, strict=True):
+        assert a.device.type == "cpu"
+        assert torch.equal(a, b)
 
 
 # What the class leaves alone

@@ -5,7 +5,6 @@ import math
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -88,31 +87,48 @@ def test_a_finished_job_is_not_repeated_and_seeds_can_be_added(whole: Path, tmp_
     assert sorted(path.name for path in results.iterdir()) == ["lifelong.json", "lifelong.png", "report.md"]
 
 
+ENDING_ITSELF = """
+import os, sys
+from benchmarks.lifelong import __main__ as job
+
+after, signal, folder = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+perform, epochs = job.perform, 0
+
+def ending(learning, path, every, advance):
+    def counted():
+        global epochs
+        epochs += 1
+        if epochs == after:
+            os.kill(os.getpid(), signal)
+        advance()
+    return perform(learning, path, every, counted)
+
+job.perform = ending
+sys.exit(job.main(["--quick", "--checkpoint-every", "0", "--output", folder]))
+"""
+
+
 @pytest.mark.slow
 def test_a_job_that_is_killed_and_interrupted_goes_on_to_the_same_results(tmp_path: Path, whole: Path) -> None:
-    """Killed inside a run again and again, then interrupted; only what is missing is done again."""
+    """Killed twice while it tunes and interrupted in a final run, each time after an epoch that is not yet saved."""
     folder = tmp_path / "lifelong"
-    command = [sys.executable, "-m", "benchmarks.lifelong", "--quick", "--output", str(folder)]
-    for signal_sent, least in ((signal.SIGKILL, 3), (signal.SIGKILL, 20), (signal.SIGINT, 35)):
-        process = subprocess.Popen(
-            [*command, "--checkpoint-every", "0"], cwd=ROOT,
-            stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
+    there: dict[str, bytes] = {}
+    # 24 tuning runs of 4 epochs, then final ones of 6: the seventh, the twenty-second and the thirtieth run are cut.
+    for after, sent, finished in ((26, signal.SIGKILL, 6), (61, signal.SIGKILL, 21), (44, signal.SIGINT, 29)):
+        process = subprocess.run(
+            [sys.executable, "-c", ENDING_ITSELF, str(after), str(int(sent)), str(folder)],
+            cwd=ROOT, capture_output=True, text=True,
         )  # fmt: skip
-        end = time.monotonic() + 300
-        while len(list(folder.glob("*-*.json"))) < least or not (folder / job.CHECKPOINT).exists():
-            assert process.poll() is None, process.communicate()
-            assert time.monotonic() < end
-        process.send_signal(signal_sent)
-        _, said = process.communicate()
-        if signal_sent == signal.SIGINT:
-            assert process.returncode == 130
-            assert "interrupted; the same command goes on" in said
+        assert process.returncode == (130 if sent == signal.SIGINT else -sent), process.stderr
+        assert ("interrupted; the same command goes on" in process.stderr) == (sent == signal.SIGINT)
         assert not (folder / "report.md").exists()
-    there = {name: content for name, content in contents(folder).items() if "-" in name}
-    assert len(there) >= 35
+        assert (folder / job.CHECKPOINT).exists()
+        before, there = there, {name: content for name, content in contents(folder).items() if "-" in name}
+        assert len(there) == finished
+        assert there.items() >= before.items(), "a finished run is not repeated"
     assert job.main(["--quick", "--output", str(folder)]) == 0
     assert results_of(folder) == results_of(whole)
-    assert all((folder / name).read_bytes() == content for name, content in there.items())
+    assert contents(folder).items() >= there.items()
     assert not (folder / job.CHECKPOINT).exists()
 
 
