@@ -11,14 +11,15 @@ PIP    := $(PY) -m pip --disable-pip-version-check
 READY  := $(VENV)/.ready
 WITH_TRAINERS := $(VENV)/.trainers
 WITH_DOCS := $(VENV)/.docs
+WITH_TRANSLATION := $(VENV)/.translation
 CODE   := setup.py lookbehind_fused benchmarks docs examples tests
 CPP    := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.inc csrc/*/*.cu csrc/*/*.cuh tests/*/*.cpp)
 CXX    ?= g++
 
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
-.PHONY: help setup train compare lifelong test test-all trainers docs fuzz bench bench-distributed gpu-check \
-	sanitize dist-check matrix check format clean
+.PHONY: help setup train compare lifelong translation translation-tests vit test test-all trainers docs fuzz bench \
+	bench-distributed gpu-check sanitize dist-check matrix check format clean
 
 # An interpreter that was asked for by name must be the one in .venv; otherwise any that .venv has will do.
 VERSION := import sys; print("%d.%d" % sys.version_info[:2])
@@ -39,7 +40,7 @@ setup: $(READY)  ## make .venv and install everything into it (the second time t
 	@echo "$(VENV) is ready"
 
 # Threads that wait are to sleep: where other programs share the cores, spinning ones cost ten times the time.
-train compare lifelong test test-all trainers fuzz: export OMP_WAIT_POLICY ?= PASSIVE
+train compare lifelong translation translation-tests vit test test-all trainers fuzz: export OMP_WAIT_POLICY ?= PASSIVE
 
 train: $(READY)  ## run the main job; ARGS="--help" lists its options
 	@$(PY) -m benchmarks.train $(ARGS)
@@ -49,6 +50,12 @@ compare: $(READY)  ## compare the methods, each tuned, three seeds: 45 minutes o
 
 lifelong: $(READY)  ## learn 20 tasks one after the other with each method: two CPU hours; goes on where it stopped
 	@$(PY) -m benchmarks.lifelong $(ARGS)
+
+translation: $(WITH_TRANSLATION)  ## train translators from German messages, each method tuned; goes on where it stopped
+	@$(PY) -m benchmarks.transformers.translation $(ARGS)
+
+vit: $(READY)  ## fine-tune vision transformers, each method tuned: an hour on two cores; goes on where it stopped
+	@$(PY) -m benchmarks.transformers.vit $(ARGS)
 
 test: $(READY)  ## run what a change needs: of large tables a sample, another one each time; ARGS are pytest's
 	@$(PY) -m pytest -n auto --dist loadgroup $(ARGS)
@@ -62,6 +69,9 @@ trainers: $(WITH_TRAINERS)  ## run the tests of Lightning, Fabric, Hugging Face,
 docs: $(WITH_DOCS)  ## build the documentation into build/site, which can be opened from there; no link in it may be dead
 	@NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict $(ARGS)
 	@$(PY) -m tests.docs.links build/site
+
+translation-tests: $(WITH_TRANSLATION)  ## run the tests of translation, whose packages it installs first
+	@$(PY) -m pytest -n auto --dist loadgroup tests/benchmarks/transformers $(ARGS)
 
 fuzz: $(READY)  ## ten thousand random walks over the interface: 15 CPU minutes; ARGS="--first N" takes others
 	@$(PY) -m tests.fuzz $(ARGS)
@@ -143,3 +153,9 @@ $(WITH_DOCS): $(READY)
 	@echo "installing what builds the documentation"
 	@$(PIP) install -qq --no-build-isolation -c constraints.txt -e '.[docs]'
 	@touch $(WITH_DOCS)
+
+$(WITH_TRANSLATION): $(READY)
+	@rm -f $(WITH_TRANSLATION)
+	@echo "installing what translation needs"
+	@$(PIP) install -qq --no-build-isolation -c constraints.txt -e '.[translation]'
+	@touch $(WITH_TRANSLATION)
