@@ -125,7 +125,7 @@ def test_bleu_is_that_of_a_perfect_and_of_a_copied_translation(folder):
 
 def test_it_learns_to_translate(folder):
     """What it was trained on, at last: a mistake in masks, shifts or decoding would show."""
-    settings = replace(QUICK, width=32, vocabulary=400, epochs=40, dropout=0.0, checkpoint_every=10_000, limit=16)
+    settings = replace(QUICK, width=32, vocabulary=400, epochs=150, dropout=0.0, checkpoint_every=10_000, limit=16)
     study = Translation(settings, str(folder))
     run = Run("tune", "base", 0, lr=1e-2)
     task = study.task(run, folder)
