@@ -20,8 +20,13 @@ class Interval:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> "Interval":
-        """Student's t interval of the mean of independent values. Infinite for a single one, NaN where one is NaN."""
+        """Student's t interval of the mean of independent values.
+
+        Infinite for a single one, NaN where one of them is not finite.
+        """
         mean = statistics.fmean(values)
+        if not math.isfinite(mean):
+            return cls(math.nan, math.nan, math.nan)
         if len(values) == 1:
             return cls(mean, -math.inf, math.inf)
         half = stats.t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))

@@ -40,7 +40,7 @@ def run_missing(
     if missing(()) is None:
         return
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["benchmarks.runs"])
+    context.set_forkserver_preload([getattr(perform, "func", perform).__module__])
     processes, idle = [], []
     running: dict[Connection, Any] = {}
     try:
