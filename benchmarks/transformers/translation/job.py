@@ -147,8 +147,9 @@ class Translation(Study):
             {source}: {len(pairs.train):,} pairs to train with ({words:,} English words), {len(pairs.valid):,} to
             validate, {len(pairs.test):,} to test, split by a hash, with what differs in nothing but case, digits and
             punctuation on one side only. A Transformer of width {s.width}, {s.depth} + {s.depth} layers,
-            {parameters:,} parameters, {len(self.prepared().vocabulary):,} byte pairs, dropout {s.dropout:g} at the embeddings,
-            label smoothing {s.smoothing:g}; {task.minibatches:,} minibatches ({s.epochs} epochs) of at most {s.tokens:,}
+            {parameters:,} parameters, {len(self.prepared().vocabulary):,} byte pairs, dropout {s.dropout:g} at the
+            embeddings, label smoothing {s.smoothing:g}; {task.minibatches:,} minibatches ({s.epochs} epochs) of at most
+            {s.tokens:,}
             entries and of like length; Adam with betas 0.9 and 0.98, the learning rate rising over the first
             {s.warmup:.0%} and then falling to 0, both linearly. Every inner step of Lookbehind has a minibatch of its
             own: 2k gradients for k minibatches, as many for each as SAM has. Greedy decoding; BLEU by sacrebleu
