@@ -63,6 +63,10 @@ class Study(ABC):
     def trial(self) -> Task:
         """What a run of the base trains, without what `prepare` leaves: to time an evaluation with."""
 
+    def preparation(self, folder: Path) -> int:
+        """Gradient evaluations that `prepare` takes, as if from its beginning."""
+        return 0
+
     def prepare(self, folder: Path) -> None:  # noqa: B027 # most have nothing to prepare
         """Whatever all runs need: nothing, or what is there already, or from its own checkpoint."""
 
@@ -86,6 +90,7 @@ def run_all(study: Study, folder: Folder, jobs: int) -> None:
         return
     each, seconds = _measured(study.trial())
     finished, total, _ = progress()
+    total += study.preparation(folder.path)
     print(
         f"{study.name}: {total - finished:,.0f} gradient evaluations are to be done, {1000 * seconds:.0f} ms each: "
         f"about {(total - finished) * seconds / jobs / 60:.0f} minutes on {jobs} idle cores",

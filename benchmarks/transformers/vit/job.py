@@ -119,6 +119,10 @@ class Vit(Study):
         """Of both halves."""
         return hashlib.sha256("".join(half.fingerprint() for half in self.halves()).encode()).hexdigest()
 
+    def preparation(self, folder: Path) -> int:
+        """See Study."""
+        return 0 if (folder / PRETRAINED).exists() else PretrainingTask(self.settings, self.halves()[0]).minibatches
+
     def prepare(self, folder: Path) -> None:
         """The pre-trained weights, which all runs begin with."""
         path = folder / PRETRAINED

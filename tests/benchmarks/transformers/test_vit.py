@@ -18,6 +18,7 @@ from benchmarks import data
 from benchmarks.files import UserError
 from benchmarks.paired import Interval
 from benchmarks.transformers import study as studies
+from benchmarks.transformers.folder import Folder
 from benchmarks.transformers.plan import Run
 from benchmarks.transformers.vit import __main__ as command
 from benchmarks.transformers.vit.job import PRETRAINED, QUICK, Vit, accuracy
@@ -117,6 +118,25 @@ def test_a_run_gives_the_same_numbers_again(whole):
     again.pop("seconds")
     (whole / f"{name}.pt").unlink()
     assert again == result
+
+
+def test_the_estimate_counts_what_will_be_evaluated(whole, tmp_path, capfd, monkeypatch):
+    """Of a new folder, everything; of one whose last run is missing, that run."""
+    monkeypatch.setattr(studies, "run_missing", lambda *_: None)
+    study = Vit(QUICK)
+    settings = studies.plain_settings(study)
+    studies.run_all(study, Folder(tmp_path / "new", settings, study.fingerprint()), jobs=2)
+    minibatches = QUICK.epochs * (QUICK.training // QUICK.batch_size)
+    results = results_of(whole)
+    planned = sum(result["evaluations"] for result in results.values())
+    pretraining = QUICK.pretraining_epochs * (QUICK.pretraining // QUICK.batch_size)
+    said = capfd.readouterr().err
+    assert f"vit: {planned + pretraining:,} gradient evaluations are to be done" in said
+    assert "minutes on 2 idle cores" in said
+    folder = Folder(whole, settings, study.fingerprint())
+    del folder.done[next(name for name in folder.done if "adaptive" in name)]
+    studies.run_all(study, folder, jobs=1)
+    assert f"vit: {3 * minibatches} gradient evaluations are to be done" in capfd.readouterr().err
 
 
 def test_the_pretrained_weights_are_what_runs_begin_with(whole):
