@@ -50,6 +50,10 @@ def _lookbehind(base: SGD, options: argparse.Namespace, alpha: float | str, **mo
     return Lookbehind(None, base, k=options.k, alpha=alpha, alpha_scope=options.alpha_scope, **_ball(options), **more)
 
 
+def _lookbehind_within(base: SGD, options: argparse.Namespace) -> Lookbehind:
+    return _lookbehind(base, options, 1.0, rho_scope="total")
+
+
 def _sam_free(base: SGD, options: argparse.Namespace) -> SAM:
     return _sam(base, options, ascent_gradient="previous", microbatches=1)
 
@@ -68,7 +72,7 @@ def _lookbehind_quarter(base: SGD, options: argparse.Namespace) -> Lookbehind:
     return _lookbehind(base, options, options.alpha, **quarter)
 
 
-# Okabe and Ito's palette and five more, which colour-blind readers tell apart; one colour a method, in every picture.
+# Okabe and Ito's palette and six more, which colour-blind readers tell apart; one colour a method, in every picture.
 METHODS = {
     "sgd": Method("SGD", "#7F7F7F", lambda base, o: base, (), (0, 1)),
     "lookahead": Method("Lookahead-SGD", "#262626", _lookahead, ("k", "alpha"), (0, 1)),
@@ -86,6 +90,7 @@ METHODS = {
     "lookbehind-adaptive": Method(
         "Lookbehind-SAM, adaptive α", "#009E73", partial(_lookbehind, alpha="adaptive"), ("rho", "k"), (1, 1)
     ),
+    "lookbehind-within": Method("Lookbehind-SAM within ρ", "#F0A58F", _lookbehind_within, ("rho", "k"), (1, 1)),
     "sam-free": Method("SAM, free ascent", "#CC79A7", _sam_free, ("rho",), (0, 1)),
     "lookbehind-free": Method(
         "Lookbehind-SAM, free ascent", "#882255", _lookbehind_free, ("rho", "k", "alpha"), (1, 0), switches=True

@@ -1,61 +1,60 @@
-"""The comparison's settings, the training runs that it consists of, and one such run."""
+"""The comparison's settings, what is tried for each method, and the training runs that it consists of."""
 
-import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
-from functools import lru_cache
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch.nn.functional as F
-
-from benchmarks import data, methods, options
-from benchmarks.checkpoint import Record
-from benchmarks.data import Dataset
-from benchmarks.job import Job
+from benchmarks import data, methods
+from benchmarks.compare.search import Axis, Options, points
 from benchmarks.methods import METHODS
+from benchmarks.runs import Done, Run, Setting, mean_accuracy
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(Setting):
     """Everything that decides about the numbers. What is not here is the main job's default."""
 
-    data: str
-    """`fashion-mnist`, averaged over 2x2 pixels, or `digits`."""
-    training: int
-    """So many of the training images are trained on, the first ones."""
-    validation: int
-    """The next ones: they choose learning rate, rho, k and alpha, and nothing else is done with them."""
-    epochs: int
-    """Of every method; longer SGD runs apart."""
-    label_noise: float = 0.2
-    """Fraction of wrong labels among training and validation images."""
-    width: int = 8
-    batch_size: int = 64
-    seeds: int = 3
-    """Each one decides weights, order and label noise; they are 0, 1, ..."""
-    learning_rates: tuple[float, ...] = (0.05, 0.1, 0.2)
-    sam_rhos: tuple[float, ...] = (0.02, 0.05, 0.1, 0.2, 0.5)
-    asam_rhos: tuple[float, ...] = (0.2, 0.5, 1.0, 2.0, 4.0)
-    ks: tuple[int, ...] = (2, 5, 10)
-    alphas: tuple[float, ...] = (0.2, 0.5, 0.8)
-    multistep_ks: tuple[int, ...] = (2, 5)
+    trials: int = 3
+    """2 to this power points are tried for every method, with the first tuning seed."""
+    finalists: int = 2
+    """The best of them, which run with the other tuning seeds too; the best mean is chosen."""
+    learning_rates: tuple[float, float] = (0.02, 0.5)
+    sam_rhos: tuple[float, float] = (0.02, 0.5)
+    asam_rhos: tuple[float, float] = (0.2, 4.0)
+    ks: tuple[int, ...] = (2, 3, 5)
+    alphas: tuple[float, float] = (0.2, 0.9)
     lookahead_ks: tuple[int, ...] = (5, 10)
-    lookahead_alphas: tuple[float, ...] = (0.5, 0.8)
-    sam_radii: tuple[float, ...] = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5)
-    """Where the final weights' sharpness is measured."""
-    asam_radii: tuple[float, ...] = (0.5, 1.0, 1.5, 2.0, 3.0, 4.0)
-    noise_levels: tuple[float, ...] = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5)
-    noise_samples: int = 10
+    microbatches: tuple[int, ...] = (2, 4)
+    shares: tuple[float, ...] = (0.25, 0.5, 0.75)
+    """Of the epochs that are SAM's where stages are switched."""
+    sensitivity_rhos: tuple[float, ...] = (0.02, 0.05, 0.1, 0.2, 0.5)
+    sensitivity_alphas: tuple[float, ...] = (0.2, 0.5, 0.8)
 
 
-FASHION_MNIST = Settings("fashion-mnist", training=2000, validation=2000, epochs=32)
-DIGITS = Settings("digits", training=1000, validation=343, epochs=64)
-QUICK = Settings(
-    "digits", training=256, validation=128, epochs=2, width=4, seeds=1, learning_rates=(0.1, 0.2),
-    sam_rhos=(0.05, 0.2), asam_rhos=(0.5, 2.0), ks=(2, 3), alphas=(0.5,), multistep_ks=(2,), lookahead_ks=(2, 5),
-    lookahead_alphas=(0.5,), sam_radii=(0.1, 0.5), asam_radii=(1.0, 4.0), noise_levels=(0.0, 0.2), noise_samples=2,
+FASHION_MNIST = Settings(
+    "fashion-mnist", training=1000, validation=2000, epochs=20, label_noise=0.2, seeds=(0, 1, 2, 3, 4),
+    tuning_seeds=(100, 101, 102),
 )  # fmt: skip
+DIGITS = replace(FASHION_MNIST, data="digits", training=640, validation=703)
+QUICK = replace(
+    DIGITS, training=128, validation=64, epochs=2, width=4, seeds=(0, 1), tuning_seeds=(100, 101), trials=1,
+    finalists=1, ks=(2, 3), lookahead_ks=(2,), microbatches=(2,), shares=(0.5,), sensitivity_rhos=(0.05, 0.2),
+    sensitivity_alphas=(0.5,), sam_radii=(0.1, 0.5), asam_radii=(1.0, 4.0), noise_levels=(0.0, 0.2), noise_samples=1,
+    looks=2,
+)  # fmt: skip
+
+OVER_SAM = (
+    *("sam", "multistep", "multistep-average", "lookahead-sam", "lookbehind", "lookbehind-adaptive"),
+    "lookbehind-within",
+)
+"""Also tuned with ASAM's scaling."""
+TUNED = (
+    *((method, False) for method in ("sgd", "lookahead", "sam-free", "lookbehind-free")),
+    *((method, asam) for asam in (False, True) for method in OVER_SAM),
+)
+CHEAPER = ("sgd", "lookahead", "sam", "lookahead-sam")
+"""Trained a second time for as many gradients as Lookbehind takes."""
 
 
 def default_data() -> str:
@@ -63,51 +62,20 @@ def default_data() -> str:
     return "fashion-mnist" if Path(data.FASHION_MNIST_DIR).is_dir() else "digits"
 
 
-@dataclass(frozen=True)
-class Run:
-    """One training run. `purpose`: "tune" is judged on validation images, "final" on test images."""
-
-    purpose: str
-    method: str
-    seed: int
-    lr: float
-    epochs: int
-    asam: bool = False
-    rho: float | None = None
-    k: int | None = None
-    alpha: float | None = None
-
-    @property
-    def name(self) -> str:
-        """Of its file."""
-        ball = "asam" if self.asam else "sam"
-        parts = [self.purpose, self.method, *([ball] if self.rho is not None else [])]
-        parts += [
-            f"{name}{value:g}" for name in ("rho", "k", "alpha", "lr", "epochs", "seed")
-            if (value := getattr(self, name)) is not None
-        ]  # fmt: skip
-        return "-".join(parts)
-
-    @property
-    def cost(self) -> float:
-        """Gradient evaluations, in units of an epoch."""
-        times_k, more = METHODS[self.method].gradients
-        return self.epochs * (times_k * (self.k or 0) + more)
+def key_of(method: str, asam: bool) -> str:
+    """Of a row: `lookbehind-asam`, `asam`, `lookahead-asam`."""
+    if not asam:
+        return method
+    return method.replace("sam", "asam") if method.endswith("sam") else f"{method}-asam"
 
 
-Result = Mapping[str, Any]
-"""What `perform` returns."""
-Done = Mapping[str, Result]
-"""The results there are, by the name of the run."""
-Options = dict[str, Any]
-"""Some of lr, rho, k, alpha."""
 Answers = dict[str, Options]
-"""What was chosen, by what it was chosen for."""
+"""What was chosen, by the key of the row that it was chosen for."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """A line of the final table: a method with its tuned options, a run for each seed."""
+    """A line of the final table: a method with its options, a run for each seed."""
 
     key: str
     label: str
@@ -116,202 +84,137 @@ class Row:
     runs: tuple[Run, ...]
 
 
-# ---- what is to be run -----------------------------------------------------------------------------------------------
+# ---- tuning ----------------------------------------------------------------------------------------------------------
 
 
-def questions(settings: Settings, answers: Answers) -> dict[str, list[tuple[Options, list[Run]]]]:
-    """What has to be chosen and can be, given `answers`: for each question the candidates and their tuning runs.
+def space(settings: Settings, method: str, asam: bool) -> dict[str, Axis]:
+    """The options of a method, and what they may be."""
+    ks = settings.lookahead_ks if method.startswith("lookahead") else settings.ks
+    axes = {
+        "lr": Axis(settings.learning_rates, logarithmic=True),
+        "rho": Axis(settings.asam_rhos if asam else settings.sam_rhos, logarithmic=True),
+        "k": Axis(ks),
+        "alpha": Axis(settings.alphas),
+    }
+    return {name: axis for name, axis in axes.items() if name == "lr" or name in METHODS[method].uses}
 
-    The learning rate and both rhos are chosen by all seeds, k and alpha by the first.
-    """
-    found = {"lr": _candidates(settings, "sgd", settings.seeds, [{"lr": lr} for lr in settings.learning_rates])}
-    if "lr" in answers:
-        found["lookahead"] = _candidates(settings, "lookahead", 1, _lookahead_grid(settings), **answers["lr"])
-        for key, rhos in (("sam", settings.sam_rhos), ("asam", settings.asam_rhos)):
-            grid = [{"rho": rho} for rho in rhos]
-            found[key] = _candidates(settings, "sam", settings.seeds, grid, asam=key == "asam", **answers["lr"])
-    if "sam" in answers:
-        fixed = answers["lr"] | answers["sam"]
-        multistep = [{"k": k} for k in settings.multistep_ks]
-        lookbehind = [{"k": k, "alpha": alpha} for k in settings.ks for alpha in settings.alphas]
-        grids = {
-            "multistep": multistep,
-            "multistep-average": multistep,
-            "lookahead-sam": _lookahead_grid(settings),
-            "lookbehind": lookbehind,
-        }
-        for method, grid in grids.items():
-            found[method] = _candidates(settings, method, 1, grid, **fixed)
-    return found
+
+def trials(settings: Settings, method: str, asam: bool, seed: int) -> list[tuple[Options, Run]]:
+    """The points that are tried, and their runs with one tuning seed."""
+    found = points(space(settings, method, asam), settings.trials)
+    return [(own, Run("tune", method, seed, epochs=settings.epochs, asam=asam, **own)) for own in found]
+
+
+def finalists(settings: Settings, method: str, asam: bool, done: Done) -> list[tuple[Options, list[Run]]]:
+    """The best points of the first tuning seed, with their runs of all tuning seeds. Empty while trials are missing."""
+    first, *others = settings.tuning_seeds
+    tried = trials(settings, method, asam, first)
+    if any(run.name not in done for _, run in tried):
+        return []
+    best = sorted(tried, key=lambda trial: -done[trial[1].name]["accuracy"])[: settings.finalists]
+    return [(own, [run, *(replace(run, seed=seed) for seed in others)]) for own, run in best]
 
 
 def answer(settings: Settings, done: Done) -> Answers:
-    """The questions whose runs are all done, each with the candidate of the best mean accuracy, the first of equals."""
+    """What was chosen for the methods whose tuning is done: the finalist of the best mean, the first of equals."""
     answers: Answers = {}
-    while True:
-        new = {
-            key: max(candidates, key=lambda candidate: mean_accuracy(candidate[1], done))[0]
-            for key, candidates in questions(settings, answers).items()
-            if key not in answers and all(run.name in done for _, runs in candidates for run in runs)
-        }
-        if not new:
-            return answers
-        answers |= new
-
-
-def mean_accuracy(runs: list[Run], done: Done) -> float:
-    """The mean over runs of their accuracy on held-out images."""
-    return sum(done[run.name]["accuracy"] for run in runs) / len(runs)
-
-
-def sensitivity(settings: Settings, answers: Answers) -> dict[str, dict[float, list[Run]]]:
-    """SAM and Lookbehind, as it was tuned, for each rho: a tuning run for each seed."""
-    fixed = {"sam": answers["lr"], "lookbehind": answers["lr"] | answers["lookbehind"]}
-    return {
-        method: {rho: _tuning(settings, method, settings.seeds, rho=rho, **more) for rho in settings.sam_rhos}
-        for method, more in fixed.items()
-    }
-
-
-def rows(settings: Settings, answers: Answers) -> list[Row]:
-    """The final table's lines. The methods over ASAM take k and alpha from those over SAM."""
-    lr, lookbehind = answers["lr"], answers["lookbehind"]
-    longer = lookbehind["k"] + 1
-    found = [
-        _row(settings, "sgd", "sgd", False, lr),
-        _row(settings, "sgd-longer", "sgd", False, lr, f"SGD, {longer} times as long", longer),
-        _row(settings, "lookahead", "lookahead", False, lr | answers["lookahead"]),
-    ]
-    of_method = {
-        "sam": {},
-        "multistep": answers["multistep"],
-        "multistep-average": answers["multistep-average"],
-        "lookahead-sam": answers["lookahead-sam"],
-        "lookbehind": lookbehind,
-        "lookbehind-adaptive": {"k": lookbehind["k"]},
-        "sam-free": {},
-        "lookbehind-free": lookbehind,
-    }
-    found += [_row(settings, key, key, False, lr | answers["sam"] | own) for key, own in of_method.items()]
-    for method, own in of_method.items():
-        if not method.endswith("-free"):
-            key = method.replace("sam", "asam") if method.endswith("sam") else f"{method}-asam"
-            found.append(_row(settings, key, method, True, lr | answers["asam"] | own))
-    return found
-
-
-def plan(settings: Settings, answers: Answers) -> list[Run]:
-    """Every run that is known to be needed, given `answers`: tuning before the rest, and then the longest first."""
-    found = [run for candidates in questions(settings, answers).values() for _, runs in candidates for run in runs]
-    found.sort(key=lambda run: -run.cost)
-    if questions(settings, answers).keys() == answers.keys():
-        rest = [run for by_rho in sensitivity(settings, answers).values() for runs in by_rho.values() for run in runs]
-        rest += [run for row in rows(settings, answers) for run in row.runs]
-        found += sorted(rest, key=lambda run: -run.cost)
-    return list(dict.fromkeys(found))
+    for method, asam in TUNED:
+        found = finalists(settings, method, asam, done)
+        if found and all(run.name in done for _, runs in found for run in runs):
+            answers[key_of(method, asam)] = max(found, key=lambda entry: mean_accuracy(entry[1], done))[0]
+    return answers
 
 
 def guess(settings: Settings, answers: Answers) -> Answers:
-    """`answers`, and for what is still open the candidate in the middle: to estimate how much there is to do."""
-    guessed = dict(answers)
-    while open_questions := questions(settings, guessed).keys() - guessed.keys():
-        candidates = questions(settings, guessed)
-        guessed |= {key: candidates[key][len(candidates[key]) // 2][0] for key in open_questions}
-    return guessed
+    """`answers`, and for what is still open the first point that is tried: to estimate how much there is to do."""
+    first = {
+        key_of(method, asam): points(space(settings, method, asam), settings.trials)[0]
+        for method, asam in TUNED if key_of(method, asam) not in answers
+    }  # fmt: skip
+    return first | answers
 
 
-def _lookahead_grid(settings: Settings) -> list[Options]:
-    return [{"k": k, "alpha": alpha} for k in settings.lookahead_ks for alpha in settings.lookahead_alphas]
+# ---- what is run with what was chosen --------------------------------------------------------------------------------
 
 
-def _candidates(
-    settings: Settings, method: str, seeds: int, grid: list[Options], **fixed: Any
-) -> list[tuple[Options, list[Run]]]:
-    return [(own, _tuning(settings, method, seeds, **fixed, **own)) for own in grid]
-
-
-def _tuning(settings: Settings, method: str, seeds: int, **fixed: Any) -> list[Run]:
-    return [Run("tune", method, seed, epochs=settings.epochs, **fixed) for seed in range(seeds)]
+def rows(settings: Settings, answers: Answers) -> list[Row]:
+    """The final tables' lines: all methods for equal epochs, some for equal evaluations, and the variants."""
+    found = [_row(settings, key_of(method, asam), method, asam, answers) for method, asam in TUNED]
+    for asam in (False, True):
+        budget = settings.epochs * (answers[key_of("lookbehind", asam)]["k"] + 1)
+        for method in CHEAPER[2 * asam :]:
+            key = key_of(method, asam)
+            epochs = round(budget / METHODS[method].gradients[1])
+            label = f"{methods.label(method, asam)}, as many gradients"
+            found.append(
+                _row(settings, f"{key}-longer", method, asam, {f"{key}-longer": answers[key]}, label, epochs=epochs)
+            )
+    for method in ("sam", "lookbehind"):
+        for m in settings.microbatches:
+            key, label = f"{method}-m{m}", f"{METHODS[method].label}, {m} microbatches"
+            found.append(_row(settings, key, method, False, {key: answers[method]}, label, microbatches=m))
+    for share in settings.shares:
+        epochs = round(share * settings.epochs)
+        for key, label, sam_epochs in (
+            (f"first-sam-{share:g}", f"SAM for {share:.0%}, then Lookbehind-SAM", epochs),
+            (f"last-sam-{share:g}", f"Lookbehind-SAM, SAM for the last {share:.0%}", -epochs),
+        ):
+            own = {key: answers["lookbehind"]}
+            found.append(_row(settings, key, "lookbehind", False, own, label, sam_epochs=sam_epochs))
+    return found
 
 
 def _row(
-    settings: Settings, key: str, method: str, asam: bool, own: Options, label: str | None = None, longer: int = 1
+    settings: Settings, key: str, method: str, asam: bool, answers: Answers, label: str | None = None, **more: Any
 ) -> Row:
-    epochs = longer * settings.epochs
-    runs = tuple(Run("final", method, seed, epochs=epochs, asam=asam, **own) for seed in range(settings.seeds))
+    own = {"epochs": settings.epochs, **answers[key], **more}
+    runs = tuple(Run("final", method, seed, asam=asam, **own) for seed in settings.seeds)
     return Row(key, label or methods.label(method, asam), method, asam, runs)
 
 
-# ---- one run ---------------------------------------------------------------------------------------------------------
+def sensitivity(settings: Settings, answers: Answers) -> dict[str, dict[str, list[Run]]]:
+    """What is varied around what was chosen; for each value the runs of all tuning seeds, by a name of the value.
 
-
-@lru_cache(maxsize=1)
-def load(settings: Settings) -> Dataset:
-    """The images, with their own labels, in the size that is trained on."""
-    needed = settings.training + settings.validation
-    if settings.data == "digits":
-        images = data.load("digits")
-        return replace(images, train_images=images.train_images[:needed], train_labels=images.train_labels[:needed])
-    images = data.load(settings.data, limit=max(needed, 10_000))
-    return replace(
-        images,
-        train_images=F.avg_pool2d(images.train_images[:needed], 2),
-        train_labels=images.train_labels[:needed],
-        test_images=F.avg_pool2d(images.test_images, 2),
-    )
-
-
-def images_of(settings: Settings, run: Run, images: Dataset) -> Dataset:
-    """What a run is given: for tuning, validation images with their noisy labels take the place of the test images."""
-    noisy = data.with_label_noise(images, settings.label_noise, run.seed)
-    n = settings.training
-    seen = replace(noisy, train_images=noisy.train_images[:n], train_labels=noisy.train_labels[:n])
-    if run.purpose == "final":
-        return seen
-    return replace(seen, test_images=noisy.train_images[n:], test_labels=noisy.train_labels[n:])
-
-
-def perform(settings: Settings, run: Run, images: Dataset | None = None) -> Result:
-    """Trains and measures. `images`: instead of those that the settings name.
-
-    BatchNorm's statistics are estimated anew before anything is measured: a sharpness-aware step updates the running
-    averages at perturbed weights too, differently in each method.
-
-    Returns plain values for JSON: None is a number that was not finite.
+    "rho METHOD": rho alone. "k, alpha METHOD": both, all others as chosen.
     """
-    chosen, _ = options.parse(["--data", settings.data, "--threads", "1"])
-    for name in ("width", "batch_size", "label_noise"):
-        setattr(chosen, name, getattr(settings, name))
-    for name, value in asdict(run).items():
-        if value is not None and hasattr(chosen, name) and name != "method":
-            setattr(chosen, name, value)
-    job = Job(chosen, images_of(settings, run, images or load(settings)))
-    job.reset()
-    record = Record(job.steps_per_epoch)
-    optimizer, scheduler = job.make_optimizer(run.method)
-    job.train(run.method, optimizer, scheduler, record, job.total_steps, lambda: None)
-    last = record.loss[-job.steps_per_epoch :]
-    with methods.evaluated(optimizer):
-        job.estimate_statistics()
-        result = {
-            "accuracy": job.test_accuracy(),
-            "loss": sum(last) / len(last),
-            "evaluations": record.evaluations,
-            "seconds": record.seconds,
+    found: dict[str, dict[str, list[Run]]] = {}
+    for method in ("sam", "multistep", "lookbehind"):
+        found[f"rho {method}"] = {
+            f"{rho:g}": _explore(settings, method, answers[method] | {"rho": rho}) for rho in settings.sensitivity_rhos
         }
-        if run.purpose == "final":
-            result |= {
-                "training_accuracy": job.accuracy(job.data.train_images, job.data.train_labels),
-                "sam_sharpness": job.sharpness(settings.sam_radii, adaptive=False),
-                "asam_sharpness": job.sharpness(settings.asam_radii, adaptive=True),
-                "noise": job.noise_robustness(settings.noise_levels, settings.noise_samples),
-            }
-    return _json_value({"run": asdict(run), **result})
+    for method, ks in (("lookahead-sam", settings.lookahead_ks), ("lookbehind", settings.ks)):
+        found[f"k, alpha {method}"] = {
+            f"{k}, {alpha:g}": _explore(settings, method, answers[method] | {"k": k, "alpha": alpha})
+            for k in ks for alpha in settings.sensitivity_alphas
+        }  # fmt: skip
+    return found
 
 
-def _json_value(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _json_value(entry) for name, entry in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_json_value(entry) for entry in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+def _explore(settings: Settings, method: str, own: Options) -> list[Run]:
+    return [Run("explore", method, seed, epochs=settings.epochs, **own) for seed in settings.tuning_seeds]
+
+
+def plan(settings: Settings, done: Done, guessed: bool = False) -> list[Run]:
+    """Every run that is known to be needed: tuning before the rest, and then the longest first.
+
+    `guessed`: the rest by the best present guess too, to estimate how much there is to do.
+    """
+    answers = answer(settings, done)
+    tuning: list[Run] = []
+    for method, asam in TUNED:
+        tried = [run for _, run in trials(settings, method, asam, settings.tuning_seeds[0])]
+        again = [run for _, runs in finalists(settings, method, asam, done) for run in runs]
+        if guessed and not again:
+            again = [replace(run, seed=s) for run in tried[: settings.finalists] for s in settings.tuning_seeds[1:]]
+        tuning += tried + again
+    found = _longest_first(tuning)
+    if len(answers) == len(TUNED) or guessed:
+        answers = guess(settings, answers)
+        found += _longest_first([run for row in rows(settings, answers) for run in row.runs])
+        varied = sensitivity(settings, answers).values()
+        found += _longest_first([run for by_value in varied for runs in by_value.values() for run in runs])
+    return list({run.name: run for run in found}.values())
+
+
+def _longest_first(runs: Sequence[Run]) -> list[Run]:
+    return sorted(runs, key=lambda run: -run.cost)

@@ -31,6 +31,7 @@ def draw(report: Report) -> dict[str, bytes]:
             ("compare-sharpness.png", _sharpness),
             ("compare-noise.png", _noise),
             ("compare-sensitivity.png", _sensitivity),
+            ("compare-training.png", _training),
         ):
             figure = make(report)
             figure.text(0.012, 0.012, _note(report), size=7, color=FAINT, va="bottom")
@@ -43,10 +44,9 @@ def draw(report: Report) -> dict[str, bytes]:
 def _note(report: Report) -> str:
     s = report.settings
     name = {"fashion-mnist": "Fashion-MNIST averaged over 2x2 pixels", "digits": "handwritten digits"}[s.data]
-    seeds = "one seed" if s.seeds == 1 else f"{s.seeds} seeds"
     return (
         f"{name}: {s.training:,} training images, {s.label_noise:.0%} of their labels wrong; {s.epochs} epochs; "
-        f"{seeds}; torch {report.environment['torch']}"
+        f"{len(s.seeds)} seeds; torch {report.environment['torch']}"
     )
 
 
@@ -144,40 +144,83 @@ def _noise(report: Report) -> Figure:
 
 
 def _sensitivity(report: Report) -> Figure:
-    """Validation accuracy against rho, and Lookbehind's against k and alpha."""
+    """Validation accuracy against rho, loss against sharpness over rho, and accuracy against k and alpha."""
     figure = canvas(
-        10, 4.3, "Sensitivity to rho, k and alpha",
-        "Accuracy on validation images, some of whose labels are wrong too; no test image is used here", legend=False,
+        13, 4.3, "Sensitivity to rho, k and alpha",
+        "Tuning seeds, validation images some of whose labels are wrong too; no test image is used here", legend=False,
     )  # fmt: skip
-    left, right = figure.add_subplot(1, 2, 1), figure.add_subplot(1, 2, 2)
-    chosen = report.answers["lookbehind"]
-    left.set_title("rho: mean of the seeds, and their range", **HEAD)
-    for method, by_rho in report.sensitivity.items():
-        label = f"Lookbehind-SAM, k = {chosen['k']}, α = {chosen['alpha']:g}" if method == "lookbehind" else "SAM"
-        values = 100 * np.array(list(by_rho.values())).T
-        _line(left, list(by_rho), values, METHODS[method].colour, label)
-    rhos = report.settings.sam_rhos
-    left.set_xscale("log")
-    left.xaxis.set_major_locator(FixedLocator(rhos))
-    left.xaxis.set_minor_locator(NullLocator())
-    left.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    left.set_xlabel("rho")
-    left.set_ylabel("correct (%)")
-    left.legend(frameon=False, fontsize=8)
-
-    right.set_title("k and alpha of Lookbehind-SAM: seed 0", **HEAD)
-    entries = {(own["k"], own["alpha"]): 100 * accuracy for own, accuracy in report.tuning["lookbehind"]}
+    rho, loss, *others = (figure.add_subplot(1, 4, place) for place in (1, 2, 3, 4))
+    rho.set_title("rho", **HEAD)
+    loss.set_title("Loss and sharpness over rho", **HEAD)
+    for varied, by_value in report.explored.items():
+        if varied.startswith("rho "):
+            method = METHODS[varied.removeprefix("rho ")]
+            x = [float(value) for value in by_value]
+            values = 100 * np.array([explored.accuracy for explored in by_value.values()]).T
+            _line(rho, x, values, method.colour, method.label)
+            means = [(np.mean(explored.sharpness), np.mean(explored.loss)) for explored in by_value.values()]
+            loss.plot(*zip(*means, strict=True), "o-", color=method.colour, markersize=4, label=method.label)
+    rho.set_xscale("log")
+    rho.xaxis.set_major_locator(FixedLocator(report.settings.sensitivity_rhos))
+    rho.xaxis.set_minor_locator(NullLocator())
+    rho.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    rho.set_xlabel("rho")
+    rho.set_ylabel("correct (%)")
+    rho.legend(frameon=False, fontsize=8)
+    radii = report.settings.sam_radii
+    loss.set_xlabel(f"sharpness at radius {radii[len(radii) // 2]:g} (nats)")
+    loss.set_ylabel("training loss (nats)")
     shades = ("#F4A582", "#D55E00", "#7F2704", INK)
-    for k, shade in zip(report.settings.ks, shades, strict=False):
-        alphas = report.settings.alphas
-        right.plot(alphas, [entries[k, alpha] for alpha in alphas], "o-", color=shade, markersize=5, label=f"k = {k}")
-    right.plot(
-        chosen["alpha"], entries[chosen["k"], chosen["alpha"]], "o", markersize=11, markerfacecolor="none",
-        markeredgecolor=INK, label="chosen", linestyle="",
+    for axes, method in zip(others, ("lookbehind", "lookahead-sam"), strict=True):
+        axes.set_title(f"{METHODS[method].label}: k and alpha", **HEAD)
+        of_k: dict[str, list[tuple[float, float]]] = {}
+        for value, explored in report.explored[f"k, alpha {method}"].items():
+            k, alpha = value.split(", ")
+            of_k.setdefault(k, []).append((float(alpha), 100 * np.mean(explored.accuracy)))
+        for (k, entries), shade in zip(of_k.items(), shades, strict=False):
+            axes.plot(*zip(*entries, strict=True), "o-", color=shade, markersize=5, label=f"k = {k}")
+        axes.set_xlabel("alpha")
+        axes.legend(frameon=False, fontsize=8)
+    return figure
+
+
+def _training(report: Report) -> Figure:
+    """Accuracy and adaptive alpha during training, and accuracy where stages are switched."""
+    figure = canvas(
+        12, 4.3, "During training", "Mean of the seeds, and their range; accuracy on the first 1,000 test images",
+        legend=False,
     )  # fmt: skip
-    right.xaxis.set_major_locator(FixedLocator(report.settings.alphas))
-    right.set_xlabel("alpha")
-    right.legend(frameon=False, fontsize=8)
+    accuracy, alpha, stages = (figure.add_subplot(1, 3, place) for place in (1, 2, 3))
+    accuracy.set_title("Convergence", **HEAD)
+    for key in ("sgd", "sam", "multistep", "lookahead-sam", "lookbehind"):
+        m = report.measured[key]
+        history = np.array(m.history)
+        shares = np.arange(1, history.shape[1] + 1) / history.shape[1]
+        _line(accuracy, 100 * shares, 100 * history[:, :, 1], _colour(m), m.row.label)
+    accuracy.set_ylabel("correct (%)")
+    accuracy.legend(frameon=False, fontsize=7.5, loc="lower right")
+
+    alpha.set_title("Adaptive alpha", **HEAD)
+    for key, colour in (("lookbehind-adaptive", "#009E73"), ("lookbehind-adaptive-asam", "#882255")):
+        m = report.measured[key]
+        values = np.array(m.alpha)
+        shares = np.arange(1, values.shape[1] + 1) / values.shape[1]
+        _line(alpha, 100 * shares, values, colour, m.row.label)
+    alpha.legend(frameon=False, fontsize=7.5)
+    for axes in (accuracy, alpha):
+        axes.set_xlabel("epochs done (%)")
+
+    stages.set_title("Switched stages", **HEAD)
+    shares = 100 * np.array(report.settings.shares)
+    kinds = (("last", "Lookbehind first, SAM last", "#D55E00"), ("first", "SAM first, Lookbehind last", "#0072B2"))
+    for kind, label, colour in kinds:
+        rows = [report.measured[f"{kind}-sam-{share:g}"].accuracy for share in report.settings.shares]
+        _line(stages, shares, 100 * np.array(rows).T, colour, label)
+    for key in ("sam", "lookbehind"):
+        m = report.measured[key]
+        stages.axhline(100 * np.mean(m.accuracy), color=_colour(m), linestyle="--", linewidth=1)
+    stages.set_xlabel("epochs that are SAM's (%)")
+    stages.legend(frameon=False, fontsize=7.5)
     return figure
 
 
@@ -190,7 +233,7 @@ def _lines(
 ) -> None:
     for key in keys:
         m = report.measured[key]
-        style = "--" if key == "sgd-longer" else "-"
+        style = "--" if key.endswith("-longer") else "-"
         _line(axes, x, np.array(measure(m)), _colour(m), m.row.label, style)
 
 
@@ -205,7 +248,7 @@ def _colour(m: Measured) -> str:
 
 
 def _marker(m: Measured) -> str:
-    return "s" if m.row.asam else "^" if m.row.key == "sgd-longer" else "o"
+    return "s" if m.row.asam else "^" if m.row.key.endswith("-longer") else "o"
 
 
 def _horizontal(axes: Axes) -> None:

@@ -1,22 +1,32 @@
-"""What the comparison found, as Markdown, JSON and plots."""
+"""What the comparison found, as Markdown and JSON."""
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from benchmarks import tables
 from benchmarks.compare import experiment
 from benchmarks.compare.claims import OPEN, Claim, Measured, judge
-from benchmarks.compare.experiment import Answers, Done, Row, Run, Settings
+from benchmarks.compare.experiment import Answers, Row, Settings
+from benchmarks.compare.search import Options
+from benchmarks.methods import METHODS
+from benchmarks.paired import Interval
+from benchmarks.runs import Done, mean_accuracy, numbers
+from benchmarks.store import Store
 
-CHOICE_OF_SETTING = """
-    The setting was chosen beforehand as one in which SGD overfits and SAM can help, so it says nothing about others.
-    Four were tried with one seed, SGD and a few radii of SAM (in the first one Lookbehind-SAM too, once), judged by
-    the right labels of training images that are used for nothing here: 4,000 images, 30% wrong labels, width 8;
-    2,000, 30%, width 16; 2,000, 20%, width 12; and 2,000, 20%, width 8, which was taken: SGD overfits there, as it
-    hardly does in the first one, and the best radius of SAM lies inside the grid.
-"""
+
+@dataclass(frozen=True)
+class Explored:
+    """Runs around what was chosen; each tuple has an entry for every tuning seed."""
+
+    accuracy: tuple[float, ...]
+    """On validation images, some of whose labels are wrong."""
+    loss: tuple[float, ...]
+    """Training loss, nats, the mean over the last epoch."""
+    sharpness: tuple[float, ...]
+    """At the middle one of SAM's radii."""
 
 
 @dataclass(frozen=True)
@@ -27,48 +37,61 @@ class Report:
     answers: Answers
     measured: dict[str, Measured]
     """By the row's key."""
-    sensitivity: dict[str, dict[float, tuple[float, ...]]]
-    """SAM and Lookbehind: for each rho the validation accuracy of each seed."""
-    tuning: dict[str, list[tuple[dict[str, Any], float]]]
-    """For each question its candidates and their mean validation accuracy."""
+    explored: dict[str, dict[str, Explored]]
+    """By what is varied, and by its value."""
+    tuning: dict[str, list[tuple[Options, float, float | None]]]
+    """By key, for each point: accuracy with the first tuning seed; of finalists the mean over all."""
     claims: tuple[Claim, ...]
     environment: Mapping[str, Any]
+    data: str
 
 
-def make(settings: Settings, done: Done, environment: Mapping[str, Any]) -> Report:
+def make(settings: Settings, store: Store, command: str) -> Report:
     """The report on the finished runs, all of which have to be there."""
+    done = store.done
     answers = experiment.answer(settings, done)
     measured = {row.key: _measured(row, done) for row in experiment.rows(settings, answers)}
-    sensitivity = {
-        method: {rho: tuple(done[run.name]["accuracy"] for run in runs) for rho, runs in by_rho.items()}
-        for method, by_rho in experiment.sensitivity(settings, answers).items()
+    middle = len(settings.sam_radii) // 2
+    explored = {
+        varied: {
+            value: Explored(
+                numbers([done[run.name]["accuracy"] for run in runs]),
+                numbers([done[run.name]["loss"] for run in runs]),
+                numbers([done[run.name]["sam_sharpness"][middle] for run in runs]),
+            )
+            for value, runs in by_value.items()
+        }
+        for varied, by_value in experiment.sensitivity(settings, answers).items()
     }
-    tuning = {
-        key: [(own, experiment.mean_accuracy(runs, done)) for own, runs in candidates]
-        for key, candidates in experiment.questions(settings, answers).items()
-    }
-    claims = judge(settings, measured, sensitivity)
-    return Report(settings, answers, measured, sensitivity, tuning, claims, environment)
+    over_rho = {
+        varied.removeprefix("rho "): [x.accuracy for x in by_value.values()]
+        for varied, by_value in explored.items() if varied.startswith("rho ")
+    }  # fmt: skip
+    tuning = {experiment.key_of(*which): _tuning(settings, *which, done) for which in experiment.TUNED}
+    claims = judge(settings, measured, over_rho)
+    environment = {**store.environment, "command": command}
+    return Report(settings, answers, measured, explored, tuning, claims, environment, store.data)
 
 
 def _measured(row: Row, done: Done) -> Measured:
     results = [done[run.name] for run in row.runs]
 
     def each(name: str) -> tuple[Any, ...]:
-        return tuple(_numbers(result[name]) for result in results)
+        return tuple(numbers(result[name]) for result in results)
 
     noise = tuple(tuple(statistics.fmean(samples) for samples in of_seed) for of_seed in each("noise"))
     return Measured(
         row, results[0]["evaluations"], each("accuracy"), each("training_accuracy"), each("sam_sharpness"),
-        each("asam_sharpness"), noise,
+        each("asam_sharpness"), noise, each("history"), each("alpha"),
     )  # fmt: skip
 
 
-def _numbers(value: Any) -> Any:
-    """JSON's null back to NaN, and its lists to tuples."""
-    if isinstance(value, list):
-        return tuple(_numbers(entry) for entry in value)
-    return math.nan if value is None else value
+def _tuning(settings: Settings, method: str, asam: bool, done: Done) -> list[tuple[Options, float, float | None]]:
+    again = {run.name: runs for _, runs in experiment.finalists(settings, method, asam, done) for run in runs[:1]}
+    return [
+        (own, done[run.name]["accuracy"], mean_accuracy(again[run.name], done) if run.name in again else None)
+        for own, run in experiment.trials(settings, method, asam, settings.tuning_seeds[0])
+    ]
 
 
 # ---- text ------------------------------------------------------------------------------------------------------------
@@ -76,52 +99,58 @@ def _numbers(value: Any) -> Any:
 
 def text(report: Report) -> str:
     """The table and the claims, for a terminal."""
-    return "\n".join(_table(report)) + "\n\n" + "\n".join(_claims(report))
+    return "\n\n".join("\n".join(tables.markdown(*table)) for table in (_table(report), _claims(report)))
 
 
 def markdown(report: Report) -> str:
     """compare.md."""
-    settings, environment = report.settings, report.environment
+    s, e = report.settings, report.environment
     names = {"fashion-mnist": "Fashion-MNIST averaged over 2x2 pixels", "digits": "8x8 handwritten digits"}
     lines = [
         "# Comparison of the methods",
         _paragraph(f"""
-            Made by `{environment["command"]}`: {names[settings.data]}, {settings.training:,} training images of which
-            {settings.label_noise:.0%} have a wrong label, a residual network of width {settings.width},
-            {settings.epochs} epochs of {settings.training // settings.batch_size} outer steps with
-            {settings.batch_size} images for every method (in one row SGD runs as many times longer as Lookbehind-SAM
-            takes gradients). The base is SGD with momentum 0.9, weight decay 5e-4 and a cosine schedule;
-            {_seeds(settings)}, which decide{"s" * (settings.seeds == 1)} weights, order and label noise, the same for
-            every row. Versions: torch {environment["torch"]}, Python {environment["python"]}, one thread a run on
-            {environment["processor"]}."""),
-        *([_paragraph(CHOICE_OF_SETTING)] if settings.data == "fashion-mnist" else []),
-        "\n".join(_table(report)),
+            Made by `{e["command"]}` at commit {e["commit"]}: {names[s.data]}, {s.training:,} training images of which
+            {s.label_noise:.0%} have a wrong label, a residual network of width {s.width}, {s.epochs} epochs of
+            {s.training // s.batch_size} outer steps with {s.batch_size} images, but for the rows with "as many
+            gradients", which train longer until they have taken as many as Lookbehind over the same ball. The base is
+            SGD with momentum 0.9, weight decay 5e-4 and a cosine schedule. {len(s.seeds)} seeds decide weights,
+            order and label noise, the same for every row; none of them was used in tuning. torch {e["torch"]}, Python
+            {e["python"]}, one thread a run on {e["processor"]}; data (SHA-256) {report.data[:16]}..."""),
+        "\n".join(tables.markdown(*_table(report))),
         _paragraph(f"""
-            Evaluations: gradients of a minibatch, over the whole run. Accuracy: on the test images, whose labels are
-            right; mean ± standard deviation over the seeds, and their range. Training: accuracy on the training images
-            as they are labelled. Sharpness: by how many nats one ascent raises the loss of a minibatch of training
-            images, mean over the seeds; in SAM's ball of radius {_middle(settings.sam_radii):g}, in ASAM's of
-            {_middle(settings.asam_radii):g}. Under noise: accuracy with every weight multiplied by
-            1 + level × N(0, 1) and BatchNorm's statistics estimated anew, mean over the levels
-            {_list(settings.noise_levels[1:])} and {settings.noise_samples} draws of each, on the first 1,000 test
-            images. BatchNorm's statistics are estimated anew on the training images before every measure, since
-            sharpness-aware steps update its running averages at perturbed weights too."""),
+            Evaluations: gradients of a minibatch (with microbatches: of one of them), over the whole run. Accuracy: on
+            the test images, whose labels are right, with the 95 % interval of the mean over the seeds. Best after: the
+            share of training after which accuracy (on the first 1,000 test images) was best. Training: accuracy on the
+            training images as they are labelled. Sharpness: by how many nats one ascent raises the loss of a minibatch
+            of training images; in SAM's ball of radius {s.sam_radii[len(s.sam_radii) // 2]:g}, in ASAM's of
+            {s.asam_radii[len(s.asam_radii) // 2]:g}. Under noise: accuracy with every weight multiplied by
+            1 + level × N(0, 1), mean over the levels {", ".join(f"{x:g}" for x in s.noise_levels[1:])} and
+            {s.noise_samples} draws of each, on the first 1,000 test images. BatchNorm's statistics are estimated anew
+            before every measure, since sharpness-aware steps update its running averages at perturbed weights too."""),
         "## What held",
-        "\n".join(_claims(report)),
+        "\n".join(tables.markdown(*_claims(report))),
         _paragraph("""
-            A comparison holds if every seed's difference has the claimed sign and their mean exceeds their standard
-            deviation; it does not hold if the same is true of the opposite sign; otherwise the seeds do not resolve
-            it. A claim holds if all its comparisons do, and does not hold if one of them does not. Closeness holds if
-            every seed's difference is within a percentage point, and does not if all differences are larger, of one
-            sign, and their mean exceeds their standard deviation."""),
+            Differences are paired by seed. A comparison holds if the whole 95 % interval of their mean (Student's t) is
+            above 0, and does not hold if all of it is below; otherwise the seeds do not resolve it. A claim holds if
+            all its comparisons do, and does not if one of them does not. Closeness holds if the interval is within a
+            percentage point of 0, and does not if all of it is farther away. The intervals are not corrected for their
+            number: of twenty comparisons without a difference one is expected to look resolved."""),
         "## How each was tuned",
         _paragraph(f"""
-            By accuracy on {settings.validation:,} further training images with the same fraction of wrong labels, which
-            is what somebody has who has such data; no test image is used. The learning rate is chosen for SGD, rho for
-            SAM and for ASAM, with {_seeds(settings)}; each method uses the rho of its ball. k and alpha are chosen with
-            one seed, over SAM; the methods over ASAM take the same, the adaptive alpha takes Lookbehind's k, free
-            ascent its k and alpha. There are ten classes: a run with an accuracy near 10 % has learnt nothing."""),
-        "\n".join(_tuning(report)),
+            By accuracy on {s.validation:,} further training images with the same fraction of wrong labels, which
+            is what somebody has who has such data; no test image is used. Every method has {2**s.trials} trials,
+            points of a scrambled Sobol sequence in the space of its own options: learning rate
+            {_range(s.learning_rates)} and rho {_range(s.sam_rhos)} (ASAM {_range(s.asam_rhos)}), even in the
+            logarithm; k of {_values(s.ks)} (Lookahead {_values(s.lookahead_ks)}); alpha {_range(s.alphas)}. They run
+            with one seed, the best {s.finalists} with {len(s.tuning_seeds) - 1} more ({_values(s.tuning_seeds)}), and
+            the best mean is chosen. So methods of fewer options are searched more densely. Rows with as many
+            gradients, microbatches and switched stages take what was chosen for the method without them."""),
+        "\n".join(tables.markdown(*_tuning_table(report))),
+        "## Around what was chosen",
+        _paragraph(f"""
+            Accuracy on the validation images, %, mean over the seeds {_values(s.tuning_seeds)}; all other options as
+            chosen. There are ten classes: an accuracy near 10 % means that a run has learnt nothing."""),
+        "\n".join(tables.markdown(*_explored_table(report))),
     ]
     return "\n\n".join(lines) + "\n"
 
@@ -130,86 +159,102 @@ def _paragraph(text: str) -> str:
     return " ".join(text.split())
 
 
-def _seeds(settings: Settings) -> str:
-    return "one seed" if settings.seeds == 1 else f"{settings.seeds} seeds"
-
-
-def _table(report: Report) -> list[str]:
-    settings = report.settings
-    sam, asam = (len(radii) // 2 for radii in (settings.sam_radii, settings.asam_radii))
+def _table(report: Report) -> tuple[tables.Row, list[tables.Row]]:
+    sam, asam = (len(radii) // 2 for radii in (report.settings.sam_radii, report.settings.asam_radii))
     header = (
-        "method", "rho", "k", "alpha", "evaluations", "accuracy, %", "range", "training, %", "sharpness, SAM",
-        "sharpness, ASAM", "under noise, %",
+        "method", "lr", "rho", "k", "alpha", "evaluations", "accuracy, %", "best after", "training, %",
+        "sharpness, SAM", "sharpness, ASAM", "under noise, %",
     )  # fmt: skip
-    lines = ["| " + " | ".join(header) + " |", "|---|" + "--:|" * (len(header) - 1)]
+    lines = []
     for m in report.measured.values():
         run = m.row.runs[0]
         alpha = "adaptive" if m.row.method.endswith("adaptive") else _value(run.alpha)
-        cells = (
-            m.row.label, _value(run.rho), _value(run.k), alpha, f"{m.evaluations:,}", _mean_std(m.accuracy),
-            f"{100 * min(m.accuracy):.1f} to {100 * max(m.accuracy):.1f}",
-            f"{100 * statistics.fmean(m.training_accuracy):.1f}",
-            f"{statistics.fmean(of_seed[sam] for of_seed in m.sam_sharpness):.3f}",
-            f"{statistics.fmean(of_seed[asam] for of_seed in m.asam_sharpness):.3f}",
-            _mean_std(m.under_noise),
-        )  # fmt: skip
-        lines.append("| " + " | ".join(cells) + " |")
-    return lines
-
-
-def _claims(report: Report) -> list[str]:
-    seeds = _seeds(report.settings)
-    lines = ["| claim | verdict | mean difference ± std | each seed |", "|---|---|--:|--:|"]
-    for number, claim in enumerate(report.claims, 1):
-        lines.append(f"| **{number}. {claim.text}** | **{_verdict(claim.verdict, seeds)}** | | |")
-        for finding in claim.findings:
-            scale, form = (100, "+.2f") if finding.unit == "points" else (1, "+.4f")
-            scaled = [scale * difference for difference in finding.differences]
-            spread = f" ± {statistics.stdev(scaled):{form[1:]}}" if len(scaled) > 1 else ""
-            lines.append(
-                f"| {finding.text} | {_verdict(finding.verdict, seeds)} | {statistics.fmean(scaled):{form}}{spread} "
-                f"{finding.unit} | {', '.join(f'{x:{form}}' for x in scaled)} |"
+        lines.append(
+            (
+                m.row.label, _value(run.lr), _value(run.rho), _value(run.k), alpha, f"{m.evaluations:,}",
+                Interval.of(m.accuracy).show(100, 1), f"{statistics.fmean(m.best):.0%}",
+                f"{100 * statistics.fmean(m.training_accuracy):.1f}",
+                f"{statistics.fmean(of_seed[sam] for of_seed in m.sam_sharpness):.3f}",
+                f"{statistics.fmean(of_seed[asam] for of_seed in m.asam_sharpness):.3f}",
+                Interval.of(m.under_noise).show(100, 1),
             )
-    return lines
+        )  # fmt: skip
+    return header, lines
+
+
+def _claims(report: Report) -> tuple[tables.Row, list[tables.Row]]:
+    seeds = f"{len(report.settings.seeds)} seeds"
+    lines: list[tables.Row] = []
+    for number, claim in enumerate(report.claims, 1):
+        source = f" ({claim.source})" if claim.source else ""
+        lines.append((f"**{number}. {claim.text}{source}**", f"**{_verdict(claim.verdict, seeds)}**", ""))
+        for finding in claim.findings:
+            scale, digits = (100, 2) if finding.unit == "points" else (1, 4)
+            difference = finding.interval.show(scale, digits, sign=True)
+            lines.append((finding.text, _verdict(finding.verdict, seeds), f"{difference} {finding.unit}"))
+    return ("claim", "verdict", "mean difference (95 % interval)"), lines
 
 
 def _verdict(verdict: str, seeds: str) -> str:
     return f"{OPEN} with {seeds}" if verdict == OPEN else verdict
 
 
-def _tuning(report: Report) -> list[str]:
-    labels = {m.row.key: m.row.label for m in report.measured.values()}
-    lines = ["| for | candidates: mean validation accuracy, % |", "|---|---|"]
-    for key, candidates in report.tuning.items():
-        chosen = report.answers[key]
+def _tuning_table(report: Report) -> tuple[tables.Row, list[tables.Row]]:
+    lines = []
+    for key, tried in report.tuning.items():
         cells = []
-        for own, accuracy in candidates:
-            text = f"{', '.join(f'{name} {value:g}' for name, value in own.items())}: {100 * accuracy:.2f}"
-            cells.append(f"**{text}**" if own == chosen else text)
-        lines.append(f"| {labels.get(key, 'SGD')} | {'; '.join(cells)} |")
-    return lines
+        for own, first, mean in tried:
+            text = f"{', '.join(f'{name} {value:g}' for name, value in own.items())}: {100 * first:.1f}"
+            text += f", {100 * mean:.1f}" if mean is not None else ""
+            cells.append(f"**{text}**" if own == report.answers[key] else text)
+        lines.append((report.measured[key].row.label, "; ".join(cells)))
+    return ("for", "points: validation accuracy, %, with one seed; of finalists, the mean over all"), lines
 
 
-def numbers(report: Report) -> dict[str, Any]:
+def _explored_table(report: Report) -> tuple[tables.Row, list[tables.Row]]:
+    lines = []
+    for varied, by_value in report.explored.items():
+        names, method = varied.rsplit(" ", 1)
+        cells = [f"{value}: {100 * statistics.fmean(x.accuracy):.1f}" for value, x in by_value.items()]
+        lines.append((f"{METHODS[method].label}: {names}", "; ".join(cells)))
+    return ("varied", "accuracy by value"), lines
+
+
+def plain(report: Report) -> dict[str, Any]:
     """compare.json: all of it, as plain values."""
     return _plain(
         {
             "environment": report.environment,
+            "data": report.data,
             "settings": asdict(report.settings),
             "chosen": report.answers,
-            "tuning": {key: [{**own, "accuracy": a} for own, a in entries] for key, entries in report.tuning.items()},
-            "sensitivity": report.sensitivity,
+            "tuning": {
+                key: [{**own, "accuracy": first, "mean": mean} for own, first, mean in tried]
+                for key, tried in report.tuning.items()
+            },
+            "explored": {
+                varied: {value: asdict(x) for value, x in of.items()} for varied, of in report.explored.items()
+            },
             "rows": {key: _plain_row(m) for key, m in report.measured.items()},
-            "claims": [{**asdict(claim), "verdict": claim.verdict} for claim in report.claims],
+            "claims": [
+                {
+                    "source": claim.source, "text": claim.text, "verdict": claim.verdict,
+                    "findings": [
+                        {**asdict(f), "interval": asdict(f.interval), "verdict": f.verdict} for f in claim.findings
+                    ],
+                }
+                for claim in report.claims
+            ],
         }
-    )
+    )  # fmt: skip
 
 
 def _plain_row(m: Measured) -> dict[str, Any]:
-    run: Run = m.row.runs[0]
-    settings = {name: getattr(run, name) for name in ("method", "asam", "lr", "epochs", "rho", "k", "alpha")}
+    run = m.row.runs[0]
+    names = ("method", "asam", "lr", "epochs", "rho", "k", "alpha", "microbatches", "sam_epochs")
     measures = {name: value for name, value in vars(m).items() if name != "row"}
-    return {"label": m.row.label, **settings, **measures, "under_noise": m.under_noise}
+    own = {name: getattr(run, name) for name in names}
+    return {"label": m.row.label, **own, **measures, "under_noise": m.under_noise, "best": m.best}
 
 
 def _plain(value: Any) -> Any:
@@ -223,19 +268,13 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _middle(radii: Sequence[float]) -> float:
-    return radii[len(radii) // 2]
-
-
-def _mean_std(values: Sequence[float]) -> str:
-    spread = f" ± {100 * statistics.stdev(values):.1f}" if len(values) > 1 else ""
-    return f"{100 * statistics.fmean(values):.1f}{spread}"
-
-
 def _value(value: float | None) -> str:
     return "" if value is None else f"{value:g}"
 
 
-def _list(values: Sequence[float]) -> str:
-    *most, last = (f"{value:g}" for value in values)
-    return f"{', '.join(most)} and {last}" if most else last
+def _range(ends: tuple[float, float]) -> str:
+    return f"from {ends[0]:g} to {ends[1]:g}"
+
+
+def _values(values: tuple[float, ...]) -> str:
+    return ", ".join(f"{value:g}" for value in values)

@@ -239,6 +239,7 @@ COSTS = {
     "lookahead-sam": 2,
     "lookbehind": 4,
     "lookbehind-adaptive": 4,
+    "lookbehind-within": 4,
     "sam-free": 1,
     "lookbehind-free": 3,
     "sam-quarter": 1.25,
