@@ -15,12 +15,16 @@ DATASETS = ("digits", "fashion-mnist", "cifar10")
 # matter as long as it is the same data, and another number of threads is noted.
 FREE_ON_RESUME = frozenset({"data_dir", "threads", "checkpoint_every"})
 
+# Of the comparison that runs where no option of a single run is given.
+OF_COMPARISON = frozenset({"quick", "jobs", "results"})
+
 DESCRIPTION = """\
 Trains a small residual network on real images with SGD, SAM, Lookbehind and the methods around them for the same
-number of steps and prints a table. Writes checkpoints, CSV, JSON and a picture of loss, accuracy and alpha into its
-output folder.
+number of steps. Without options: a comparison on digits with wrong labels, each method at its best rho, five seeds;
+its tables and what they say in words, in less than three minutes. With options: a single run with those, its table,
+checkpoints, CSV, JSON and a picture of loss, accuracy and alpha in its output folder.
 
-The table's sharpness is what one ascent of radius rho adds to the training loss, in nats; "accuracy, noise" that on
+A single run's sharpness is what one ascent of radius rho adds to the training loss, in nats; "accuracy, noise" that on
 test images with every weight multiplied by 1 + 0.2 N(0, 1), the mean of 10 draws."""
 
 EPILOG = """\
@@ -156,7 +160,13 @@ def build_parser() -> argparse.ArgumentParser:
     )
 
     add = parser.add_argument_group("files").add_argument
-    add("--output", type=Path, metavar="DIR", help="folder for everything written (default: runs/DATA-001, -002, ...)")
+    add(
+        "--output",
+        type=Path,
+        metavar="DIR",
+        help="folder for everything written (default: runs/DATA-001, "
+        "-002, ...; of the comparison runs/train, which goes on where it was stopped)",
+    )
     add(
         "--resume", action="store_true", help="continue the run in --output (default: the newest in runs/) with its "
         "own options, to the same result bit for bit",
@@ -165,6 +175,11 @@ def build_parser() -> argparse.ArgumentParser:
         "--checkpoint-every", type=count, metavar="N",
         help="steps between two checkpoints inside an epoch (default: only at its end)",
     )  # fmt: skip
+
+    add = parser.add_argument_group("the comparison, with --output alone").add_argument
+    add("--quick", action="store_true", help="a few steps: a trial of the program, which says nothing (default: off)")
+    add("--jobs", type=count, metavar="N", help="worker processes (default: one a core)")
+    add("--results", type=Path, metavar="DIR", help="folder of tables and picture (default: that of --output)")
     return parser
 
 
@@ -182,7 +197,9 @@ def parse(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, frozen
 
 def settings(options: argparse.Namespace) -> dict[str, Any]:
     """The options that belong to a run and not to a call, as plain values for a checkpoint or JSON."""
-    return {name: value for name, value in sorted(vars(options).items()) if name not in ("output", "resume")}
+    return {
+        name: value for name, value in sorted(vars(options).items()) if name not in {"output", "resume", *OF_COMPARISON}
+    }
 
 
 def as_flag(name: str, value: Any) -> str:

@@ -1,10 +1,13 @@
 """The main job: several methods train the same network on the same images for the same number of steps.
 
-`python -m benchmarks.train --help` explains the options.
+Without options a comparison of a few methods, each at its best rho, over several seeds; with options a single run.
+`python -m benchmarks.train --help` explains them.
 """
 
 import argparse
+import os
 import platform
+import shlex
 import statistics
 import sys
 from collections.abc import Sequence
@@ -21,6 +24,7 @@ from benchmarks import methods, options
 from benchmarks.checkpoint import Checkpoint, Record
 from benchmarks.files import UserError, replacing
 from benchmarks.job import Job, first_line
+from benchmarks.store import write_json
 from benchmarks.train import results
 from benchmarks.train.results import NOISE_LEVEL
 
@@ -30,8 +34,12 @@ PICTURE = "curves.png"
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the job and returns the exit code: 0, 2 after a mistake of the caller, 130 after Ctrl-C."""
+    chosen, given = options.parse(argv)
     try:
-        train(*options.parse(argv))
+        if chosen.resume or given - options.OF_COMPARISON - {"output"}:
+            train(chosen, given)
+        else:
+            compare(chosen, shlex.join(sys.argv[1:] if argv is None else argv))
     except UserError as error:
         say(f"benchmarks.train: {error}")
         return 2
@@ -39,13 +47,36 @@ def main(argv: Sequence[str] | None = None) -> int:
         say(f"benchmarks.train: {error.filename or 'a file'}: {error.strerror or error}")
         return 2
     except KeyboardInterrupt:
-        say("interrupted; --resume goes on from the last checkpoint")
+        say("interrupted; the same command, for a single run with --resume, goes on from what is there")
         return 130
     return 0
 
 
+def compare(chosen: argparse.Namespace, arguments: str) -> None:
+    """The comparison: all runs that are missing, then the report."""
+    from benchmarks.train import picture, report, study  # takes seconds, and a mistake should not have to wait for it
+
+    settings = study.QUICK if chosen.quick else study.SHOWN
+    folder = chosen.output or RUNS / ("train-quick" if chosen.quick else "train")
+    written = chosen.results or folder
+    if written.exists() and not written.is_dir():
+        raise UserError(f"--results {written}: not a folder")
+    store = study.run(settings, folder, chosen.jobs or os.cpu_count())
+    found = report.make(settings, store, f"python -m benchmarks.train {arguments}".strip())
+    written.mkdir(parents=True, exist_ok=True)
+    with replacing(written / "train.png") as file:
+        file.write(picture.draw(found))
+    write_json(written / "train.json", report.plain(found), indent=1)
+    with replacing(written / "train.md") as file:
+        file.write(report.markdown(found).encode())
+    say(f"everything is in {written}, the finished runs in {folder}; a new comparison takes another --output")
+    print(report.text(found), flush=True)
+
+
 def train(chosen: argparse.Namespace, given: frozenset[str]) -> None:
     """One run, new or resumed. Whatever is wrong with it is found before anything is written."""
+    if of_comparison := given & options.OF_COMPARISON:
+        raise UserError(f"{options.as_flag(min(of_comparison), True)}: belongs to the comparison, not to a single run")
     if chosen.resume:
         folder = chosen.output or newest_run()
         checkpoint = checkpoints.load(folder)
