@@ -42,7 +42,7 @@ setup: $(READY)  ## make .venv and install everything into it (the second time t
 # Threads that wait are to sleep: where other programs share the cores, spinning ones cost ten times the time.
 train compare lifelong translation translation-tests vit test test-all trainers fuzz: export OMP_WAIT_POLICY ?= PASSIVE
 
-train: $(READY)  ## compare SGD, SAM and Lookbehind in three minutes; with ARGS="--k 5" a single run: ARGS="--help"
+train: $(READY)  ## compare SGD, SAM and Lookbehind, minutes; with ARGS="--k 5" a single run: ARGS="--help"
 	@$(PY) -m benchmarks.train $(ARGS)
 
 compare: $(READY)  ## compare all methods, each tuned, five seeds: an hour or two on two cores; goes on where it stopped

@@ -21,7 +21,7 @@ OF_COMPARISON = frozenset({"quick", "jobs", "results"})
 DESCRIPTION = """\
 Trains a small residual network on real images with SGD, SAM, Lookbehind and the methods around them for the same
 number of steps. Without options: a comparison on digits with wrong labels, each method at its best rho, five seeds;
-its tables and what they say in words, in less than three minutes. With options: a single run with those, its table,
+its tables and what they say in words. With options: a single run with those, its table,
 checkpoints, CSV, JSON and a picture of loss, accuracy and alpha in its output folder.
 
 A single run's sharpness is what one ascent of radius rho adds to the training loss, in nats; "accuracy, noise" that on

@@ -29,8 +29,6 @@ class Store:
     """
 
     def __init__(self, folder: Path, settings: Mapping[str, Any], data: str) -> None:
-        if folder.exists() and not folder.is_dir():
-            raise UserError(f"--output {folder}: not a folder")
         self.folder = folder
         self.environment = _open(folder, json.loads(json.dumps(settings)), data)
         self.data = data

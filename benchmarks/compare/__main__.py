@@ -74,8 +74,9 @@ def compare(chosen: argparse.Namespace, arguments: str) -> None:
     settings = settings_of(chosen)
     folder = chosen.output or Path("runs/compare-quick" if chosen.quick else "runs/compare")
     results = chosen.results or (folder if chosen.quick else RESULTS)
-    if results.exists() and not results.is_dir():
-        raise UserError(f"--results {results}: not a folder")
+    for flag, path in (("--output", folder), ("--results", results)):
+        if path.exists() and not path.is_dir():
+            raise UserError(f"{flag} {path}: not a folder")
     store = Store(folder, asdict(settings), runs.load(settings).fingerprint())
     say(estimate(settings, store, chosen.jobs))
     if chosen.estimate:

@@ -26,7 +26,7 @@ class Measured:
     """Of each seed: accuracy at each level, the mean over samples."""
     history: tuple[tuple[tuple[int, float], ...], ...]
     """Of each seed: gradient evaluations so far and accuracy on the first 1,000 test images, in even distances."""
-    alpha: tuple[tuple[float, ...], ...]
+    alpha_history: tuple[tuple[float, ...], ...]
     """Of each seed: the slow step size, the mean over what lies between two entries of `history`; empty for SGD."""
 
     @property

@@ -203,7 +203,7 @@ def _training(report: Report) -> Figure:
     alpha.set_title("Adaptive alpha", **HEAD)
     for key, colour in (("lookbehind-adaptive", "#009E73"), ("lookbehind-adaptive-asam", "#882255")):
         m = report.measured[key]
-        values = np.array(m.alpha)
+        values = np.array(m.alpha_history)
         shares = np.arange(1, values.shape[1] + 1) / values.shape[1]
         _line(alpha, 100 * shares, values, colour, m.row.label)
     alpha.legend(frameon=False, fontsize=7.5)

@@ -59,8 +59,9 @@ def compare(chosen: argparse.Namespace, arguments: str) -> None:
     settings = study.QUICK if chosen.quick else study.SHOWN
     folder = chosen.output or RUNS / ("train-quick" if chosen.quick else "train")
     written = chosen.results or folder
-    if written.exists() and not written.is_dir():
-        raise UserError(f"--results {written}: not a folder")
+    for flag, path in (("--output", folder), ("--results", written)):
+        if path.exists() and not path.is_dir():
+            raise UserError(f"{flag} {path}: not a folder")
     store = study.run(settings, folder, chosen.jobs or os.cpu_count())
     found = report.make(settings, store, f"python -m benchmarks.train {arguments}".strip())
     written.mkdir(parents=True, exist_ok=True)

@@ -95,7 +95,6 @@ def sections(report: Report) -> list[tuple[str, tables.Row, list[tables.Row]]]:
         (
             label(report, method), "" if x.rho is None else f"{x.rho:g}", f"{x.evaluations:,}",
             Interval.of(x.accuracy).show(100, 1), Interval.of(x.sharpness).show(1, 3),
-            f"{statistics.median(x.seconds):.1f}",
         )
         for method, x in report.best.items()
     ]  # fmt: skip
@@ -122,7 +121,7 @@ def sections(report: Report) -> list[tuple[str, tables.Row, list[tables.Row]]]:
     return [
         (
             "Each method at its best rho: mean of the seeds (95 % interval)",
-            ("method", "rho", "evaluations", "accuracy, %", f"sharpness, nats at {radius:g}", "seconds"),
+            ("method", "rho", "evaluations", "accuracy, %", f"sharpness, nats at {radius:g}"),
             methods,
         ),
         (
@@ -220,15 +219,15 @@ def markdown(report: Report) -> str:
     )
     lines += [
         "## How it was made",
-        f"Rho was chosen by mean validation accuracy, % (some labels of which are wrong): {chosen}.",
+        f"Rho was chosen by mean validation accuracy, % (some labels of which are wrong): {chosen}. Where the best "
+        "is the least or the largest of the three, a better one may lie beyond.",
         " ".join(
             f"""
             Evaluations: gradients of a minibatch over a whole run. Accuracy: on the test images, whose labels are
             right, after the last step. Sharpness: by how many nats one ascent raises the loss of a minibatch of
-            training images. Seconds: of training, the median over the seeds, as many runs at a time as there were
-            cores. BatchNorm's statistics are estimated anew before every measure. A difference is called one if the
-            95 % interval of its mean over the seeds (Student's t, paired) has no zero in it; the intervals are not
-            corrected for their number. Made by `{e["command"]}` at commit {e["commit"]}: torch {e["torch"]}, Python
+            training images. BatchNorm's statistics are estimated anew before every measure. A difference is called one
+            if the 95 % interval of its mean over the seeds (Student's t, paired) has no zero in it; the intervals are
+            not corrected for their number. Made by `{e["command"]}` at commit {e["commit"]}: torch {e["torch"]}, Python
             {e["python"]}, {e["processor"]}; data (SHA-256) {report.data[:16]}...
             """.split()
         ),
