@@ -56,7 +56,10 @@ def run_missing(
                 bar.n, bar.total, words = progress()
                 bar.set_postfix_str(words)
                 while idle and (run := missing(set(running.values()))) is not None:
-                    idle[-1].send(run)
+                    try:
+                        idle[-1].send(run)
+                    except BrokenPipeError:
+                        raise UserError(f"{run.name}: its process was ended; the same command goes on") from None
                     running[idle.pop()] = run
                 if not running:
                     return
