@@ -15,57 +15,12 @@ import tempfile
 import time
 from pathlib import Path
 
-from tests.installing import LIBRARY, ROOT, Environment, copy_sources, has_nvcc
+from tests.installing import LIBRARY, ROOT, Absent, Environment, copy_sources, has_nvcc
 
 TORCHES = ("2.10", "2.11", "2.12", "2.13", "newest")  # what pip takes where no version is named
 PYTHONS = ("3.10", "3.11", "3.12", "3.13")
 NEEDED_BY_TESTS = ("hypothesis", "numpy", "pytest", "pytest-benchmark", "pytest-xdist")
 TESTS = ("kernels/test_native.py", "test_algorithm1.py", "test_checkpoint.py", "test_compile.py", "test_optimizer.py")
-
-# Prints torch, its CUDA, and the largest difference of a weight; fails where the native backend is not what is chosen.
-SMOKE = """
-import torch
-import lookbehind_fused
-from lookbehind_fused import kernels
-
-assert lookbehind_fused.__file__.startswith({site!r}), lookbehind_fused.__file__
-assert kernels.native.why_not() is None, kernels.native.why_not()
-assert kernels.resolve("auto", torch.device("cpu")) is kernels.native
-assert (kernels.cuda.why_not() is None) == {has_cuda}, kernels.cuda.why_not()
-
-def weights(backend, base, dtype, **settings):
-    torch.manual_seed(0)
-    model = torch.nn.Sequential(torch.nn.Linear(7, 33), torch.nn.Tanh(), torch.nn.Linear(33, 5)).to(dtype)
-    inputs, targets = torch.randn(64, 7, dtype=dtype), torch.randn(64, 5, dtype=dtype)
-    optimizer = lookbehind_fused.Lookbehind(model.parameters(), base, rho=0.1, backend=backend, **settings)
-
-    def closure():
-        loss = (model(inputs) - targets).square().mean()
-        loss.backward()
-        return loss
-
-    before = model[0].weight.detach().clone()
-    for _ in range(4):
-        optimizer.step(closure)
-    assert not torch.equal(before, model[0].weight)
-    return torch.cat([p.detach().double().flatten() for p in model.parameters()])
-
-worst = 0.0
-for dtype, most in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
-    for base in (
-        dict(base=torch.optim.SGD, lr=0.1, momentum=0.9, weight_decay=0.01), dict(base=torch.optim.AdamW, lr=0.01)
-    ):
-        for settings in (dict(k=2), dict(k=3, alpha="adaptive", adaptive=True)):
-            ours, expected = (weights(backend, dtype=dtype, **base, **settings) for backend in ("auto", "reference"))
-            found = float((ours - expected).abs().max())
-            assert found <= most, (dtype, base, settings, found)
-            worst = max(worst, found / most)
-print(torch.__version__, torch.version.cuda, f"{{worst:.2f}}")
-"""
-
-
-class Absent(Exception):
-    """There is no such torch for this Python."""
 
 
 def interpreters(wanted: list[str]) -> dict[str, Path]:
@@ -125,9 +80,9 @@ class Matrix:
         folder = self.folder / "environment"  # the same for all, as it is part of the compiler's command lines
         try:
             environment = Environment(folder, python)
-            self.install_torch(environment, torch)
+            environment.install_torch(torch)
             parts = self.build(environment)
-            torch_version, cuda, worst = self.smoke(environment)
+            torch_version, cuda, worst = environment.smoke(self.has_cuda)
             parts = [
                 f"torch {torch_version}, CUDA: {cuda}",
                 *parts,
@@ -140,18 +95,11 @@ class Matrix:
                 shutil.copyfile(environment.site / LIBRARY, self.first[1])
             else:
                 shutil.copyfile(self.first[1], environment.site / LIBRARY)
-                self.smoke(environment)
+                environment.smoke(self.has_cuda)
                 parts.append(f"the library built with {self.first[0]} too")
             return "; ".join(parts)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
-
-    def install_torch(self, environment: Environment, torch: str) -> None:
-        requirement = "torch" if torch == "newest" else f"torch=={torch}.*"
-        done = environment.pip("install", "-q", "--no-cache-dir", requirement, check=False)
-        if "No matching distribution found for torch" in done.stderr:
-            raise Absent
-        assert done.returncode == 0, done.stdout + done.stderr
 
     def build(self, environment: Environment) -> list[str]:
         """Build and install the package, with the setuptools that is there if that can be."""
@@ -185,10 +133,6 @@ class Matrix:
             environment.pip("install", "-q", "--no-cache-dir", "setuptools>=77.0.3")
             return True
         return done.stdout.strip() != "None"
-
-    def smoke(self, environment: Environment) -> list[str]:
-        code = SMOKE.format(site=str(environment.site), has_cuda=self.has_cuda)
-        return environment.run("-W", "ignore", "-c", code).stdout.split()
 
     def run_tests(self, environment: Environment) -> str:
         environment.pip("install", "-q", "--no-cache-dir", "-c", str(ROOT / "constraints.txt"), *NEEDED_BY_TESTS)
