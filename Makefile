@@ -18,8 +18,8 @@ CXX    ?= g++
 
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
-.PHONY: help setup train compare lifelong translation translation-tests vit test test-all trainers docs fuzz bench \
-	bench-distributed gpu-check sanitize dist-check matrix check format clean
+.PHONY: help setup train compare lifelong translation vit test test-all trainers docs translation-tests fuzz bench \
+	bench-distributed gpu-check sanitize dist-check wheel matrix check format clean
 
 # An interpreter that was asked for by name must be the one in .venv; otherwise any that .venv has will do.
 VERSION := import sys; print("%d.%d" % sys.version_info[:2])
@@ -105,6 +105,9 @@ sanitize:  ## run the C++ kernels under the address, undefined-behaviour and thr
 
 dist-check: $(READY)  ## build a source archive, install it into new environments with and without a compiler
 	@$(PY) -m tests.dist_check
+
+wheel: $(READY)  ## build wheels in dist/, audit them, install and try them without a compiler; ARGS="--cpu", "--cuda", "--no-install"
+	@$(PY) -m tests.wheel $(ARGS)
 
 matrix: $(READY)  ## build and test on each torch and each Python: an hour or two, 12 GB; ARGS="--torch 2.10 --python 3.12"
 	@$(PY) -m tests.matrix $(ARGS)
