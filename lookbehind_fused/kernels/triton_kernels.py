@@ -461,6 +461,15 @@ def _read_state(buffers, at, here, otherwise, T: tl.constexpr, WHOLE: tl.constex
 
 
 @triton.jit
+def _read_perturbed(params, perturbed, at, here, T: tl.constexpr, WHOLE: tl.constexpr):
+    """The perturbed weights: the parameters, or where those are rounded a buffer."""
+    if perturbed is None:
+        return _read(params, here, T, WHOLE)
+    else:
+        return _read(_of_buffer(perturbed, at, WHOLE), here, T, WHOLE)
+
+
+@triton.jit
 def _descend_blocks(
     address, gradient, perturbed, slow, fast, fast_from, first, state, state_from, constants, begin, start, from_, to,
     scale, factor, eta, alpha, moves, P: tl.constexpr, T: tl.constexpr, RULE: tl.constexpr, ADAPTS: tl.constexpr,
@@ -468,6 +477,8 @@ def _descend_blocks(
     WHOLE: tl.constexpr,
 ):  # fmt: skip
     WIDTH: tl.constexpr = BLOCK if WHOLE else THREADS
+    # Beside three states and an array of perturbed weights, what is needed last would be spilled.
+    EARLY: tl.constexpr = RULE != AMSGRAD or perturbed is None or SKIPS
     s0, s1, s2 = state
     ab, aa, bb = tl.zeros([THREADS], T), tl.zeros([THREADS], T), tl.zeros([THREADS], T)
     for offset in range(from_, to, WIDTH):
@@ -479,22 +490,17 @@ def _descend_blocks(
         given = _read(_of_buffer(fast_from, at, WHOLE), here, T, WHOLE)
         m0, m1, m2 = _read_state(state_from, at, here, g, T, WHOLE)
         x, origin, fast_1 = g, given, given
-        if ASCENDS:
-            if perturbed is None:
-                x = _read(params, here, T, WHOLE)
-            else:
-                x = _read(_of_buffer(perturbed, at, WHOLE), here, T, WHOLE)
-        if (INTERPOLATES or ALIGNS) and slow is not None:
+        if ASCENDS and EARLY:
+            x = _read_perturbed(params, perturbed, at, here, T, WHOLE)
+        if (INTERPOLATES or ALIGNS) and EARLY and slow is not None:
             origin = _read(_of_buffer(slow, at, WHOLE), here, T, WHOLE)
-        if ALIGNS and first is not None:
+        if ALIGNS and EARLY and first is not None:
             fast_1 = _read(_of_buffer(first, at, WHOLE), here, T, WHOLE)
         before = given
         if DERIVES:
             before = _derived(given, m0, m1, m2, constants, RULE)
         o0, o1, o2 = m0, m1, m2
         w, m0, m1, m2 = _updated(before, g * scale, o0, o1, o2, constants, RULE)
-        if ALIGNS and first is not None:
-            before = fast_1
         if SKIPS and (INTERPOLATES or ALIGNS):  # the step does not take place: its weights are slow, its state stays
             before, w = tl.where(moves, before, origin), tl.where(moves, w, origin)
             o0, o1, o2 = _read_state(state, at, here, g, T, WHOLE)
@@ -507,9 +513,13 @@ def _descend_blocks(
             _write(_of_buffer(s1, at, WHOLE), m1, here, WHOLE)
         if s2 is not None:
             _write(_of_buffer(s2, at, WHOLE), m2, here, WHOLE)
+        if not EARLY and (INTERPOLATES or ALIGNS) and slow is not None:
+            origin = _read(_of_buffer(slow, at, WHOLE), here, T, WHOLE)
         if fast is not None:
             _write(_of_buffer(fast, at, WHOLE), w, here, WHOLE)
         if ASCENDS:
+            if not EARLY:
+                x = _read_perturbed(params, perturbed, at, here, T, WHOLE)
             ascended = _ascended(x, g, factor, eta, ADAPTS)
             x = tl.where(moves, ascended, x) if SKIPS else ascended
             if perturbed is not None:
@@ -519,6 +529,10 @@ def _descend_blocks(
             if INTERPOLATES:
                 _write(params, _interpolated(origin, w, alpha), here, WHOLE)
             else:
+                if first is not None:
+                    if not EARLY:
+                        fast_1 = _read(_of_buffer(first, at, WHOLE), here, T, WHOLE)
+                    before = tl.where(moves, fast_1, origin) if SKIPS else fast_1
                 if perturbed is not None:
                     _write(_of_buffer(perturbed, at, WHOLE), w, here, WHOLE)
                 _write(params, w, here, WHOLE)
