@@ -1,6 +1,7 @@
 """The methods that are compared: their names and colours, and how the optimizer of each is made."""
 
 import argparse
+import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -10,6 +11,8 @@ from typing import Any
 from torch.optim import SGD, Optimizer
 
 from lookbehind_fused import SAM, Lookahead, Lookbehind, MultistepSAM
+
+QUARTER = 0.25
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,13 @@ class Method:
     """Evaluations of a minibatch a step: so many times k, and so many more; one of a part counts as that part."""
     switches: bool = False
     """Each of the k inner steps has a minibatch of its own."""
+    fraction: float = 1.0
+    """Of the minibatch: what a gradient is of that is for an ascent alone."""
+
+    @property
+    def rho_scale(self) -> float:
+        """How many times SAM's rho is worth trying: 1 / √fraction, as measured in benchmarks/results/fractions.md."""
+        return 1 / math.sqrt(self.fraction)
 
 
 def _lookahead(optimizer: Optimizer, options: argparse.Namespace) -> Lookahead:
@@ -64,11 +74,11 @@ def _lookbehind_free(base: SGD, options: argparse.Namespace) -> Lookbehind:
 
 
 def _sam_quarter(base: SGD, options: argparse.Namespace) -> SAM:
-    return _sam(base, options, ascent_fraction=0.25, microbatches=1)
+    return _sam(base, options, ascent_fraction=QUARTER, microbatches=1)
 
 
 def _lookbehind_quarter(base: SGD, options: argparse.Namespace) -> Lookbehind:
-    quarter = {"ascent_fraction": 0.25, "reuse_gradient": True, "microbatches": 1}
+    quarter = {"ascent_fraction": QUARTER, "reuse_gradient": True, "microbatches": 1}
     return _lookbehind(base, options, options.alpha, **quarter)
 
 
@@ -95,9 +105,16 @@ METHODS = {
     "lookbehind-free": Method(
         "Lookbehind-SAM, free ascent", "#882255", _lookbehind_free, ("rho", "k", "alpha"), (1, 0), switches=True
     ),
-    "sam-quarter": Method("SAM, ascent on a quarter", "#44AA99", _sam_quarter, ("rho",), (0, 1.25)),
+    "sam-quarter": Method(
+        "SAM with ascents on a quarter", "#44AA99", _sam_quarter, ("rho",), (0, 1 + QUARTER), fraction=QUARTER
+    ),
     "lookbehind-quarter": Method(
-        "Lookbehind-SAM, ascent on a quarter", "#999933", _lookbehind_quarter, ("rho", "k", "alpha"), (1, 0.25)
+        "Lookbehind-SAM with ascents on a quarter",
+        "#999933",
+        _lookbehind_quarter,
+        ("rho", "k", "alpha"),
+        (1, QUARTER),
+        fraction=QUARTER,
     ),
 }
 DEFAULT = ("sgd", "sam", "lookbehind", "lookbehind-adaptive")

@@ -9,7 +9,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from benchmarks.methods import METHODS
 from benchmarks.style import FAINT, HEAD, STYLE, canvas
-from benchmarks.train.report import Report, Shown, label
+from benchmarks.train.report import Report, Shown, label, scaled
 
 
 def draw(report: Report) -> bytes:
@@ -19,7 +19,7 @@ def draw(report: Report) -> bytes:
         figure = canvas(
             11, 4.4, f"Handwritten digits, {s.label_noise:.0%} of the training labels wrong",
             f"Mean of {len(s.seeds)} seeds, and their range; every method at the best of the same three rhos, chosen "
-            "with other seeds", legend=False,
+            f"with other seeds{''.join(f'; {words}' for words in scaled(s))}", legend=False,
         )  # fmt: skip
         training, sharpness, rho = (figure.add_subplot(1, 3, place) for place in (1, 2, 3))
         _draw_training(training, report)
@@ -66,7 +66,7 @@ def _draw_rho(axes: Axes, report: Report) -> None:
         _draw_line(axes, list(by_rho), list(by_rho.values()), _colour(method))
     axes.axhline(100 * np.mean(report.best["sgd"].accuracy), color=_colour("sgd"), linewidth=1.2, linestyle="--")
     axes.set_xscale("log")
-    axes.xaxis.set_major_locator(FixedLocator(report.settings.rhos))
+    axes.xaxis.set_major_locator(FixedLocator(sorted({rho for by_rho in report.over_rho.values() for rho in by_rho})))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 

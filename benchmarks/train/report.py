@@ -21,7 +21,8 @@ class Shown:
 
     method: str
     rho: float | None
-    evaluations: int
+    evaluations: float
+    """Gradients of a whole minibatch: one of a quarter counts as a quarter."""
     accuracy: tuple[float, ...]
     """On the test images, whose labels are right, after the last step."""
     sharpness: tuple[float, ...]
@@ -61,7 +62,7 @@ def make(settings: Settings, store: Store, command: str) -> Report:
     return Report(
         settings,
         {method: shown(method, rho) for method, rho in study.best_rhos(settings, store.done).items()},
-        {method: {rho: shown(method, rho) for rho in settings.rhos} for method in with_rho},
+        {method: {rho: shown(method, rho) for rho in study.rhos_of(settings, method)} for method in with_rho},
         {
             method: {
                 rho: tuple(store.done[run.name]["accuracy"] for run in runs)
@@ -86,6 +87,14 @@ def label(report: Report, method: str) -> str:
     return METHODS[method].label + k
 
 
+def scaled(settings: Settings) -> list[str]:
+    """Which methods have larger rhos than the settings', and by how much: in words, one entry for each."""
+    return [
+        f"for {METHODS[method].label} {METHODS[method].rho_scale:g} times as large"
+        for method in settings.methods if METHODS[method].rho_scale != 1
+    ]  # fmt: skip
+
+
 # ---- tables ----------------------------------------------------------------------------------------------------------
 
 
@@ -93,7 +102,7 @@ def sections(report: Report) -> list[tuple[str, tables.Row, list[tables.Row]]]:
     """Heading, header and rows of each table."""
     methods = [
         (
-            label(report, method), "" if x.rho is None else f"{x.rho:g}", f"{x.evaluations:,}",
+            label(report, method), "" if x.rho is None else f"{x.rho:g}", f"{x.evaluations:,.0f}",
             Interval.of(x.accuracy).show(100, 1), Interval.of(x.sharpness).show(1, 3),
         )
         for method, x in report.best.items()
@@ -111,7 +120,7 @@ def sections(report: Report) -> list[tuple[str, tables.Row, list[tables.Row]]]:
         )  # fmt: skip
     over_rho = [
         (
-            label(report, method),
+            label(report, method) + _at_rhos(method),
             *(Interval.of(x.accuracy).show(100, 1) for x in by_rho.values()),
             Interval.of(ranges(report, method)).show(100, 1),
         )
@@ -137,6 +146,11 @@ def sections(report: Report) -> list[tuple[str, tables.Row, list[tables.Row]]]:
     ]
 
 
+def _at_rhos(method: str) -> str:
+    scale = METHODS[method].rho_scale
+    return "" if scale == 1 else f", rhos {scale:g} times as large"
+
+
 def _words(interval: Interval, above: str, below: str) -> str:
     return {HOLDS: above, FAILS: below}.get(interval.verdict, "not resolved")
 
@@ -155,22 +169,29 @@ def conclusion(report: Report) -> str:
         f"{names[first]}"
     ]
     target = "lookbehind"
-    for other in (method for method in others if method != target):
-        gap = accuracy(target, other)
-        words = {HOLDS: "is more accurate than", FAILS: "is less accurate than"}.get(
-            gap.verdict, "is not told apart in accuracy from"
-        )
-        cost = report.best[target].evaluations / report.best[other].evaluations
-        times = "with as many gradients" if cost == 1 else f"with {cost:.2g} times its gradients"
-        parts.append(
-            f"{names[target]} {words} {names[other]}, both at their best rho ({gap.show(100, 1, True)} points, {times})"
-        )
+    for other in (method for method in others if method not in (target, "sam-quarter")):
+        parts.append(_against(report, target, other))
         spread = Interval.of(differences(ranges(report, other), ranges(report, target)))
         words = {HOLDS: "less", FAILS: "more"}.get(spread.verdict, "neither clearly less nor clearly more")
         mine, theirs = (100 * statistics.fmean(ranges(report, method)) for method in (target, other))
         rhos = _count(len(report.settings.rhos))
         parts.append(f"it depends {words} on rho ({mine:.1f} against {theirs:.1f} points over the {rhos})")
+    if {"sam", "sam-quarter"} <= report.best.keys():
+        parts.append(_against(report, "sam-quarter", "sam"))
     return "In words: " + "; ".join(parts) + "."
+
+
+def _against(report: Report, a: str, b: str) -> str:
+    gap = Interval.of(differences(report.best[a].accuracy, report.best[b].accuracy))
+    words = {HOLDS: "is more accurate than", FAILS: "is less accurate than"}.get(
+        gap.verdict, "is not told apart in accuracy from"
+    )
+    cost = report.best[a].evaluations / report.best[b].evaluations
+    times = "with as many gradients" if cost == 1 else f"with {cost:.3g} times its gradients"
+    return (
+        f"{METHODS[a].label} {words} {METHODS[b].label}, both at their best rho ({gap.show(100, 1, True)} points, "
+        f"{times})"
+    )
 
 
 def _count(number: int) -> str:
@@ -189,12 +210,13 @@ def describe(report: Report) -> str:
     """The setting, and how it and the rhos were chosen."""
     s = report.settings
     rhos, seeds, tuning_seeds = (_list([f"{x:g}" for x in values]) for values in (s.rhos, s.seeds, s.tuning_seeds))
+    larger = "".join(f"; {words}, by the rule of benchmarks/results/fractions.md" for words in scaled(s))
     text = f"""
         Handwritten digits, 8x8: {s.training:,} training images, {s.label_noise:.0%} of their labels wrong; a residual
         network of width {s.width}; {s.epochs} epochs of {s.training // s.batch_size} steps with {s.batch_size} images;
         SGD with momentum 0.9, learning rate {s.lr:g} on a cosine, weight decay 5e-4; alpha {s.alpha:g}. Shown: seeds
         {seeds}. Rho: for each method the best of {rhos} by accuracy on {s.validation:,} further images with as many
-        wrong labels and the seeds {tuning_seeds}. The setting itself was chosen with those seeds alone.
+        wrong labels and the seeds {tuning_seeds}{larger}. The setting itself was chosen with those seeds alone.
     """
     return " ".join(text.split())
 
@@ -223,12 +245,13 @@ def markdown(report: Report) -> str:
         "is the least or the largest of the three, a better one may lie beyond.",
         " ".join(
             f"""
-            Evaluations: gradients of a minibatch over a whole run. Accuracy: on the test images, whose labels are
-            right, after the last step. Sharpness: by how many nats one ascent raises the loss of a minibatch of
-            training images. BatchNorm's statistics are estimated anew before every measure. A difference is called one
-            if the 95 % interval of its mean over the seeds (Student's t, paired) has no zero in it; the intervals are
-            not corrected for their number. Made by `{e["command"]}` at commit {e["commit"]}: torch {e["torch"]}, Python
-            {e["python"]}, {e["processor"]}; data (SHA-256) {report.data[:16]}...
+            Evaluations: gradients of a minibatch over a whole run, one of a part of it counted as that part. Accuracy:
+            on the test images, whose labels are right, after the last step. Sharpness: by how many nats one ascent
+            raises the loss of a minibatch of training images. BatchNorm's statistics are estimated anew before every
+            measure. A difference is called one if the 95 % interval of its mean over the seeds (Student's t, paired)
+            has no zero in it; the intervals are not corrected for their number. Made by `{e["command"]}` at commit
+            {e["commit"]}: torch {e["torch"]}, Python {e["python"]}, {e["processor"]}; data (SHA-256)
+            {report.data[:16]}...
             """.split()
         ),
     ]

@@ -18,9 +18,9 @@ from benchmarks.workers import Progress, run_missing
 class Settings(Setting):
     """Everything that decides about the numbers. What is not here is the default of a single run."""
 
-    methods: tuple[str, ...] = ("sgd", "sam", "multistep", "lookbehind")
+    methods: tuple[str, ...] = ("sgd", "sam", "sam-quarter", "multistep", "lookbehind")
     rhos: tuple[float, ...] = (0.05, 0.1, 0.2)
-    """The same for every method that has one."""
+    """The same for every method that has one; for ascents on a part of the minibatch larger, see ``rhos_of``."""
     lr: float = 0.05
     k: int = 3
     alpha: float = 0.5
@@ -33,6 +33,11 @@ SHOWN = Settings(
 QUICK = replace(SHOWN, training=128, validation=64, epochs=2, width=4, seeds=(0, 1), tuning_seeds=(100,), looks=2)
 
 
+def rhos_of(settings: Settings, method: str) -> tuple[float, ...]:
+    """The method's rhos: the settings', each times 1 / √fraction where ascents are on a fraction of the minibatch."""
+    return tuple(rho * METHODS[method].rho_scale for rho in settings.rhos) if "rho" in METHODS[method].uses else ()
+
+
 def candidates(settings: Settings, purpose: str, method: str) -> dict[float | None, list[Run]]:
     """The runs of a method, by rho; SGD has one entry, None."""
     uses = METHODS[method].uses
@@ -40,7 +45,7 @@ def candidates(settings: Settings, purpose: str, method: str) -> dict[float | No
     own = {name: getattr(settings, name) for name in ("k", "alpha") if name in uses}
     return {
         rho: [Run(purpose, method, seed, settings.lr, settings.epochs, rho=rho, **own) for seed in seeds]
-        for rho in (settings.rhos if "rho" in uses else (None,))
+        for rho in (rhos_of(settings, method) or (None,))
     }
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -57,10 +58,34 @@ def test_every_method_is_shown_at_the_rho_that_the_tuning_seeds_chose(whole):
 def test_rho_is_chosen_without_a_test_image():
     """By the mean over tuning seeds; the final runs may say what they like, or be missing."""
     done = {run.name: {"accuracy": 0.5} for run in study.plan(SHOWN) if run.purpose == "tune"}
-    assert study.best_rhos(SHOWN, done) == {"sgd": None, "sam": 0.05, "multistep": 0.05, "lookbehind": 0.05}
+    first = {"sgd": None, "sam": 0.05, "sam-quarter": 0.1, "multistep": 0.05, "lookbehind": 0.05}
+    assert study.best_rhos(SHOWN, done) == first
     for run in study.candidates(SHOWN, "tune", "sam")[0.2]:
         done[run.name] = {"accuracy": 0.4 if run.seed == 100 else 0.7}
     assert study.best_rhos(SHOWN, done)["sam"] == 0.2
+
+
+def test_ascents_on_a_quarter_have_the_same_rhos_twice_as_large_and_whole_numbers_of_gradients(whole):
+    """In the plan, the numbers, both tables that have rho, and the text."""
+    assert {run.rho for run in study.plan(SHOWN) if run.method == "sam-quarter"} == {0.1, 0.2, 0.4}
+    assert {run.rho for run in study.plan(SHOWN) if run.method == "sam"} == {0.05, 0.1, 0.2}
+    folder, out = whole
+    content = json.loads((folder / "train.json").read_text())
+    for kind in ("over_rho", "validation"):
+        assert list(content[kind]["sam-quarter"]) == ["0.1", "0.2", "0.4"]
+        assert list(content[kind]["multistep"]) == ["0.05", "0.1", "0.2"]
+    # two epochs of two steps: 1 + 1/4 gradients a step
+    steps = QUICK.epochs * QUICK.training // QUICK.batch_size
+    assert content["best"]["sam-quarter"]["evaluations"] == 1.25 * steps == 5
+    rho = content["chosen"]["sam-quarter"]
+    for text in (out, (folder / "train.md").read_text()):
+        cells = [re.split(r" *\| *| {2,}", line.strip("| ")) for line in text.splitlines()]
+        row = next(line for line in cells if line[0] == "SAM with ascents on a quarter")
+        assert row[1:3] == [f"{rho:g}", "5"]
+        over_rho = next(line for line in cells if line[0] == "SAM with ascents on a quarter, rhos 2 times as large")
+        for cell, shown in zip(over_rho[1:], content["over_rho"]["sam-quarter"].values(), strict=False):
+            assert cell.startswith(f"{100 * sum(shown['accuracy']) / len(QUICK.seeds):.1f} (")
+        assert "for SAM with ascents on a quarter 2 times as large, by the rule of benchmarks/results/fractions" in text
 
 
 def test_what_is_printed(whole):
@@ -73,7 +98,7 @@ def test_what_is_printed(whole):
     assert content["conclusion"] in markdown
     assert "`python -m benchmarks.train --quick --jobs 2 --output " in markdown
     assert content["data"][:16] in markdown
-    assert out.count(" minus ") == markdown.count(" minus ") == 6  # every pair of four methods
+    assert out.count(" minus ") == markdown.count(" minus ") == 10  # every pair of five methods
     for method in QUICK.methods:
         accuracy = content["best"][method]["accuracy"]
         assert f"{100 * sum(accuracy) / len(accuracy):.1f} (" in out
@@ -165,19 +190,27 @@ def test_sam_for_all_but_one_epoch_differs_from_both():
 # What it says in words
 
 
-def made_up(sam: tuple, lookbehind: tuple) -> Report:
-    """SGD at 70 %, the others' accuracies at rho 0.1 and 0.2 as given, in per cent; each seed a little better."""
-    settings = replace(SHOWN, methods=("sgd", "sam", "lookbehind"), rhos=(0.1, 0.2), seeds=(0, 1, 2))
+def made_up(sam: tuple, lookbehind: tuple, quarter: tuple = ()) -> Report:
+    """SGD at 70 %, the others' accuracies at rho 0.1 and 0.2 as given, in per cent; each seed a little better.
 
-    def shown(method: str, rho: float | None, accuracy: float, evaluations: int) -> Shown:
+    `quarter`: those of SAM with ascents on a quarter, at rho 0.2 and 0.4; without it that is not among the methods.
+    """
+    given = (("sam", sam, 20), ("sam-quarter", quarter, 12.5), ("lookbehind", lookbehind, 40))
+    given = tuple(entry for entry in given if entry[1])
+    settings = replace(SHOWN, methods=("sgd", *(method for method, _, _ in given)), rhos=(0.1, 0.2), seeds=(0, 1, 2))
+
+    def shown(method: str, rho: float | None, accuracy: float, evaluations: float) -> Shown:
         own = tuple((accuracy + shift) / 100 for shift in (0, 0.5, 1))
         return Shown(method, rho, evaluations, own, own, (1.0,) * 3, ())
 
     over_rho = {
-        method: {rho: shown(method, rho, value, cost) for rho, value in zip((0.1, 0.2), values, strict=True)}
-        for method, values, cost in (("sam", sam, 20), ("lookbehind", lookbehind, 40))
+        method: {
+            rho: shown(method, rho, value, cost)
+            for rho, value in zip(study.rhos_of(settings, method), values, strict=True)
+        }
+        for method, values, cost in given
     }
-    best = {"sgd": shown("sgd", None, 70, 10)} | {method: by_rho[0.2] for method, by_rho in over_rho.items()}
+    best = {"sgd": shown("sgd", None, 70, 10)} | {method: list(of.values())[-1] for method, of in over_rho.items()}
     return Report(settings, best, over_rho, {}, {}, "")
 
 
@@ -195,6 +228,27 @@ def test_the_conclusion_says_what_was_seen_and_also_what_one_does_not_hope():
     assert "no other method is more accurate than SGD" in same
     assert "Lookbehind-SAM is not told apart in accuracy from SAM" in same
     assert "it depends neither clearly less nor clearly more on rho" in same
+    assert "quarter" not in better + worse + same
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "words", "gap"),
+    [
+        (90, "is more accurate than", "+5.0 (+5.0 to +5.0)"),
+        (80, "is less accurate than", "-5.0 (-5.0 to -5.0)"),
+        (85, "is not told apart in accuracy from", "+0.0 (+0.0 to +0.0)"),
+    ],
+)
+def test_the_conclusion_says_what_an_ascent_on_a_quarter_is_against_sam(accuracy, words, gap):
+    """Once, at the end, whatever it is; what is said of Lookbehind stays as it is without it."""
+    with_it = reports.conclusion(made_up((80, 85), (88, 90), (75, accuracy)))
+    clause = (
+        f"SAM with ascents on a quarter {words} SAM, both at their best rho ({gap} points, with 0.625 times its "
+        "gradients)"
+    )
+    assert with_it.endswith(f"; {clause}.")
+    assert "SAM, SAM with ascents on a quarter and Lookbehind-SAM are more accurate than SGD" in with_it
+    assert with_it.split("; ")[1:-1] == reports.conclusion(made_up((80, 85), (88, 90)))[:-1].split("; ")[1:]
 
 
 # Mistakes
