@@ -114,7 +114,7 @@ def estimate(settings: Settings, store: Store, jobs: int) -> str:
     plan = experiment.plan(settings, store.done, guessed=True)
     left = [run for run in plan if run.name not in store.done]
     evaluations = steps(settings) * sum(run.cost for run in left)
-    text = f"about {len(left)} of {len(plan)} runs and {evaluations:,} gradient evaluations to do"
+    text = f"about {len(left)} of {len(plan)} runs and {evaluations:,.0f} gradient evaluations to do"
     if not store.done:
         return text
     took = sum(result["seconds"] for result in store.done.values())

@@ -51,6 +51,7 @@ OVER_SAM = (
 """Also tuned with ASAM's scaling."""
 TUNED = (
     *((method, False) for method in ("sgd", "lookahead", "sam-free", "lookbehind-free")),
+    *((method, False) for method in ("sam-quarter", "lookbehind-quarter")),
     *((method, asam) for asam in (False, True) for method in OVER_SAM),
 )
 CHEAPER = ("sgd", "lookahead", "sam", "lookahead-sam")
@@ -88,11 +89,12 @@ class Row:
 
 
 def space(settings: Settings, method: str, asam: bool) -> dict[str, Axis]:
-    """The options of a method, and what they may be."""
+    """The options of a method, and what they may be; rho 1 / √fraction times as large where ascents are on a part."""
+    rhos, scale = settings.asam_rhos if asam else settings.sam_rhos, METHODS[method].rho_scale
     ks = settings.lookahead_ks if method.startswith("lookahead") else settings.ks
     axes = {
         "lr": Axis(settings.learning_rates, logarithmic=True),
-        "rho": Axis(settings.asam_rhos if asam else settings.sam_rhos, logarithmic=True),
+        "rho": Axis((scale * rhos[0], scale * rhos[1]), logarithmic=True),
         "k": Axis(ks),
         "alpha": Axis(settings.alphas),
     }

@@ -66,7 +66,7 @@ def _accuracy(report: Report) -> Figure:
         )
         axes.plot([accuracy.mean()] * 2, [place - 0.32, place + 0.32], color=_colour(m), linewidth=2.2)
         axes.text(
-            1.01, place, f"{accuracy.mean():.1f} %   {m.evaluations:,}", transform=axes.get_yaxis_transform(),
+            1.01, place, f"{accuracy.mean():.1f} %   {m.evaluations:,.0f}", transform=axes.get_yaxis_transform(),
             va="center", size=8,
         )  # fmt: skip
     axes.set_yticks(range(len(rows)), [m.row.label for m in rows])
@@ -83,7 +83,7 @@ def _evaluations(report: Report) -> Figure:
         "Mean of the seeds, and their range; those of the same cost stand beside each other", legend=False,
     )  # fmt: skip
     axes = figure.add_subplot()
-    of_cost: dict[int, list[Measured]] = {}
+    of_cost: dict[float, list[Measured]] = {}
     for m in report.measured.values():
         of_cost.setdefault(m.evaluations, []).append(m)
     for m in report.measured.values():

@@ -118,7 +118,8 @@ def markdown(report: Report) -> str:
             {e["python"]}, one thread a run on {e["processor"]}; data (SHA-256) {report.data[:16]}..."""),
         "\n".join(tables.markdown(*_table(report))),
         _paragraph(f"""
-            Evaluations: gradients of a minibatch (with microbatches: of one of them), over the whole run. Accuracy: on
+            Evaluations: gradients of a minibatch (with microbatches: of one of them; one of a quarter counts as a
+            quarter), over the whole run. Accuracy: on
             the test images, whose labels are right, with the 95 % interval of the mean over the seeds. Best after: the
             share of training after which accuracy (on the first 1,000 test images) was best. Training: accuracy on the
             training images as they are labelled. Sharpness: by how many nats one ascent raises the loss of a minibatch
@@ -140,7 +141,8 @@ def markdown(report: Report) -> str:
             By accuracy on {s.validation:,} further training images with the same fraction of wrong labels, which
             is what somebody has who has such data; no test image is used. Every method has {2**s.trials} trials,
             points of a scrambled Sobol sequence in the space of its own options: learning rate
-            {_range(s.learning_rates)} and rho {_range(s.sam_rhos)} (ASAM {_range(s.asam_rhos)}), even in the
+            {_range(s.learning_rates)} and rho {_range(s.sam_rhos)} (ASAM {_range(s.asam_rhos)}; with ascents on a
+            quarter {METHODS["sam-quarter"].rho_scale:g} times as large, by the rule of fractions.md), even in the
             logarithm; k of {_values(s.ks)} (Lookahead {_values(s.lookahead_ks)}); alpha {_range(s.alphas)}. They run
             with one seed, the best {s.finalists} with {len(s.tuning_seeds) - 1} more ({_values(s.tuning_seeds)}), and
             the best mean is chosen. So methods of fewer options are searched more densely. Rows with as many
@@ -171,7 +173,7 @@ def _table(report: Report) -> tuple[tables.Row, list[tables.Row]]:
         alpha = "adaptive" if m.row.method.endswith("adaptive") else _value(run.alpha)
         lines.append(
             (
-                m.row.label, _value(run.lr), _value(run.rho), _value(run.k), alpha, f"{m.evaluations:,}",
+                m.row.label, _value(run.lr), _value(run.rho), _value(run.k), alpha, f"{m.evaluations:,.0f}",
                 Interval.of(m.accuracy).show(100, 1), f"{statistics.fmean(m.best):.0%}",
                 f"{100 * statistics.fmean(m.training_accuracy):.1f}",
                 f"{statistics.fmean(of_seed[sam] for of_seed in m.sam_sharpness):.3f}",

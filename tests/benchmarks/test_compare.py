@@ -39,7 +39,7 @@ ROOT = Path(__file__).parents[2]
 FIRST, *OTHERS = QUICK.tuning_seeds
 LONGER = ("sgd", "lookahead", "sam", "lookahead-sam", "asam", "lookahead-asam")
 ROWS = (
-    *("sgd", "lookahead", "sam-free", "lookbehind-free"),
+    *("sgd", "lookahead", "sam-free", "lookbehind-free", "sam-quarter", "lookbehind-quarter"),
     *("sam", "multistep", "multistep-average", "lookahead-sam", "lookbehind", "lookbehind-adaptive"),
     *("lookbehind-within", "asam", "multistep-asam", "multistep-average-asam", "lookahead-asam", "lookbehind-asam"),
     *("lookbehind-adaptive-asam", "lookbehind-within-asam", *(f"{key}-longer" for key in LONGER)),
@@ -125,8 +125,9 @@ def test_the_markdown_says_what_the_numbers_say(whole):
     content = json.loads((whole / "compare.json").read_text())
     for row in content["rows"].values():
         line = next(line for line in text.splitlines() if line.startswith(f"| {row['label']} |"))
-        assert f"| {row['evaluations']:,} | {100 * sum(row['accuracy']) / len(QUICK.seeds):.1f} (" in line
-    assert len(content["claims"]) == 13
+        assert f"| {row['evaluations']:,.0f} | {100 * sum(row['accuracy']) / len(QUICK.seeds):.1f} (" in line
+    assert len(content["claims"]) == 16
+    assert "with ascents on a quarter 2 times as large, by the rule of fractions.md" in text
     for claim in content["claims"]:
         verdict = claim["verdict"] + (" with 2 seeds" if claim["verdict"] == OPEN else "")
         source = f" ({claim['source']})" if claim["source"] else ""
@@ -243,7 +244,7 @@ def test_no_test_image_is_used_in_tuning():
     poisoned = replace(images, test_images=torch.full_like(images.test_images, math.nan))
     plan = experiment.plan(QUICK, {}, guessed=True)
     tuning = {run.method: run for run in plan if run.purpose == "tune" and not run.asam}
-    assert len(tuning) == 11
+    assert len(tuning) == 13
     for run in tuning.values():
         clean, other = (dict(runs.perform(QUICK, run, x)) for x in (images, poisoned))
         assert clean | {"seconds": 0} == other | {"seconds": 0}
@@ -303,6 +304,8 @@ def test_points_are_spread_evenly_in_every_option_and_shared_ones_are_the_same()
     assert {len(found) for found in tried.values()} == {8}
     for (method, asam), found in tried.items():
         low, high = settings.asam_rhos if asam else settings.sam_rhos
+        if method.endswith("quarter"):  # by the rule: 1 / √(1/4)
+            low, high = 2 * low, 2 * high
         if "rho" in METHODS[method].uses:
             places = sorted(math.log(own["rho"] / low) / math.log(high / low) for own in found)
             # two digits of rho are 5 % of it at most, of which the logarithm's range has 320 or 300
@@ -374,6 +377,7 @@ ACCURACY = {
     "sgd": 70, "sgd-longer": 60, "lookahead": 71, "lookahead-longer": 71, "sam": 80, "sam-longer": 81,
     "multistep": 79, "multistep-average": 81, "lookahead-sam": 78, "lookahead-sam-longer": 79, "lookbehind": 85,
     "lookbehind-adaptive": 84.7, "lookbehind-within": 82, "sam-free": 75, "lookbehind-free": 82, "sam-m2": 81,
+    "sam-quarter": 79.6, "lookbehind-quarter": 83,
     "lookbehind-m2": 83, "first-sam-0.5": 83, "last-sam-0.5": 84,
     "asam": 82, "asam-longer": 83, "multistep-asam": 83, "multistep-average-asam": 87, "lookahead-asam": 80,
     "lookahead-asam-longer": 81, "lookbehind-asam": 85, "lookbehind-adaptive-asam": 82, "lookbehind-within-asam": 86,
@@ -399,8 +403,10 @@ def test_claims_of_made_up_numbers():
     }
     claims = compare_claims.judge(replace(QUICK, seeds=(0, 1, 2)), measured, over_rho)
     verdicts = [claim.verdict for claim in claims]
-    # 2: below the mean gradient's; 3: not over ASAM; 4 and 5: not over ASAM; 10: not over ASAM; 13: neither
+    # 2: below the mean gradient's; 3: not over ASAM; 4 and 5: not over ASAM; 10: not over ASAM; 13: neither;
+    # 16: by two points
     expected = [HOLDS, FAILS, FAILS, FAILS, FAILS, HOLDS, HOLDS, HOLDS, HOLDS, FAILS, HOLDS, HOLDS, FAILS]
+    expected += [HOLDS, HOLDS, FAILS]
     assert verdicts == expected
     assert [finding.verdict for finding in claims[1].findings] == [HOLDS, HOLDS, HOLDS, FAILS, HOLDS]
     assert [finding.verdict for finding in claims[2].findings] == [HOLDS, FAILS]
@@ -412,6 +418,11 @@ def test_claims_of_made_up_numbers():
     assert claims[3].findings[1].differences == pytest.approx((0.1, 0.1, 0.1))
     # half of three looks is the second: 85 against 80 per cent
     assert claims[7].findings[0].differences == pytest.approx((0.05, 0.05, 0.05))
+    assert (
+        claims[13].text == "SAM with ascents on a quarter of the minibatch comes close to SAM at 0.625 of its gradients"
+    )
+    assert claims[13].findings[0].differences == pytest.approx((-0.004, -0.004, -0.004))
+    assert claims[14].findings[0].differences == pytest.approx((0.096, 0.096, 0.096))
     assert measured["sam"].best == pytest.approx((2 / 3,) * 3)
 
 
