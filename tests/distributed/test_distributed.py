@@ -26,7 +26,7 @@ def four(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return launched(request, tmp_path_factory.mktemp("four"), 4)
 
 
-@pytest.mark.sample(36)
+@pytest.mark.sample(24)
 @pytest.mark.xdist_group("two ranks")  # one process of pytest launches them, not each
 @pytest.mark.parametrize("case", cases(2))
 def test_on_two_ranks(two: Callable[[str], list[str]], case: str) -> None:
