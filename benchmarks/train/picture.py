@@ -28,7 +28,7 @@ def draw(report: Report) -> bytes:
         for axes in (sharpness, rho):
             axes.set_ylim(training.get_ylim())
         handles, labels = training.get_legend_handles_labels()
-        rho.legend(handles, labels, frameon=False, fontsize=8, loc="lower left")
+        sharpness.legend(handles, labels, frameon=False, fontsize=8, loc="lower left")
         figure.text(0.012, 0.012, f"torch {report.environment['torch']}", size=7, color=FAINT, va="bottom")
         with io.BytesIO() as file:
             figure.savefig(file, format="png", dpi=200, facecolor="white")
