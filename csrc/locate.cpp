@@ -20,8 +20,8 @@ int64_t* numbers_of(const char* name, const Tensor& tensor, int64_t numel) {
   return static_cast<int64_t*>(tensor.data_ptr());
 }
 
-// Writes the addresses and returns how many have changed; -1 if a gradient has another dtype, is laid out in another
-// way than ``table`` says of its parameter, or is a negated view: then what is written is of no use.
+// Writes the addresses and returns how many have changed; -1, and nothing is written, if a gradient has another dtype,
+// is laid out in another way than ``table`` says of its parameter, or is a negated view.
 int64_t locate(TensorList grads, ScalarType dtype, Tensor table, Tensor addresses) {
   const int64_t count = int64_t(grads.size()), columns = table.size(1);
   STD_TORCH_CHECK(table.size(0) == count && columns >= kSizes && (columns - kSizes) % 2 == 0,
@@ -29,11 +29,13 @@ int64_t locate(TensorList grads, ScalarType dtype, Tensor table, Tensor addresse
   const int64_t* rows = numbers_of("table", table, count * columns);
   int64_t *at = numbers_of("addresses", addresses, count), changed = 0;
   for (int64_t t = 0; t < count; ++t) {
-    const TensorInfo& grad = grads[t];
     const Layout like = layout_in(rows + t * columns, columns);
-    if (grad.dtype != int32_t(dtype) || !same_sizes(grad, like) || !same_strides(grad, like)) return -1;
-    changed += at[t] != reinterpret_cast<int64_t>(grad.data);
-    at[t] = reinterpret_cast<int64_t>(grad.data);
+    if (grads[t].dtype != int32_t(dtype) || !same_sizes(grads[t], like) || !same_strides(grads[t], like)) return -1;
+  }
+  for (int64_t t = 0; t < count; ++t) {
+    const int64_t address = reinterpret_cast<int64_t>(grads[t].data);
+    changed += at[t] != address;
+    at[t] = address;
   }
   return changed;
 }

@@ -66,8 +66,8 @@ unavailable: str | None = _load()
 
 locate = torch.ops.lookbehind_fused.locate.default
 """For backends of other devices: ``locate(grads, dtype, table, addresses)`` writes the gradients' addresses into
-``addresses`` (int64 on the CPU) and returns how many of them have changed; -1 if one has another dtype, is not laid
-out as ``table`` says, or is a negated view.
+``addresses`` (int64 on the CPU) and returns how many of them have changed; -1, and nothing is written, if one has
+another dtype, is not laid out as ``table`` says, or is a negated view.
 """
 
 

@@ -274,6 +274,25 @@ def test_addresses_go_with_the_launch(monkeypatch: pytest.MonkeyPatch) -> None:
         assert len(uploads) == changes
 
 
+def test_a_gradient_laid_out_otherwise_leaves_no_old_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its copy is where the one before was, as allocators have it, and all others are elsewhere: they are uploaded."""
+    count = INLINED + 1
+    case = Case("ascend", torch.float32, [3] * (count - 1) + [(3, 4)], row=0).copies()
+    params, grads, table = (case.pop(name) for name in ("params", "grads", "table"))
+    layouts = torch.tensor([[0, 1, 3, 3, 1]] * (count - 1) + [[0, 3, 4, 4, 1]])  # as buckets have them
+    params = [p.contiguous() for p in params]
+    table = torch.cat([table, layouts], 1)
+    plan = device.Plan(table, params, INLINED)
+    plan.refresh(table, params)
+    grads = [torch.zeros_like(p) for p in params]
+    plan.point_at(table, params, grads)
+    assert plan.grads.tolist() == [g.data_ptr() for g in grads]
+    other = [torch.ones_like(p) for p in params[:-1]] + [torch.ones(4, 3).t()]
+    monkeypatch.setattr(device, "laid_out", lambda params, given: [*given[:-1], grads[-1]])
+    plan.point_at(table, params, other)
+    assert plan.grads.tolist() == [g.data_ptr() for g in [*other[:-1], grads[-1]]]
+
+
 def test_a_missing_gradient_uploads_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nor does one that comes back: which tensors take part is known by then."""
     uploads: list[Tensor] = []

@@ -421,7 +421,11 @@ def test_locate(dtype: torch.dtype) -> None:
         (0, torch.ones(4, 3, dtype=dtype)), (0, torch.ones(4, 3, dtype=dtype).t()), (5, grads[4]), (4, grads[5]),
         (1, torch.ones(5, dtype=torch.int32)), (1, negated), (1, torch.ones(10, dtype=dtype)[::2]),
     ):  # fmt: skip
-        assert native.locate([*grads[:place], other, *grads[place + 1 :]], dtype, table, addresses) == -1
+        odd = [*map(torch.clone, grads)]  # all elsewhere
+        odd[place] = other
+        before = addresses.clone()
+        assert native.locate(odd, dtype, table, addresses) == -1
+        assert torch.equal(addresses, before)  # what is uploaded is compared with it
     with pytest.raises(RuntimeError, match="table: expected layouts of 5 tensors"):
         native.locate(grads[:5], dtype, table, addresses)
     with pytest.raises(RuntimeError, match="addresses: expected 6 contiguous int64 on the CPU"):
