@@ -1,43 +1,61 @@
-"""The folder of a comparison: its settings, and a file for each finished run, so that a kill costs those under way."""
+"""The folder of a job: its settings, and a file for each finished run, so that a kill costs those under way."""
 
 import json
 import platform
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from benchmarks.files import UserError, replacing
 from benchmarks.machine import processor
-from benchmarks.runs import Result, Run
 
 SETTINGS = "settings.json"
 
 
+class Named(Protocol):
+    """A run."""
+
+    @property
+    def name(self) -> str:
+        """Of its file."""
+
+
 class Store:
-    """The finished runs of one comparison.
+    """The finished runs of one job.
 
     Args:
         folder: made if it is not there.
         settings: as plain values; a folder that was begun with others is refused.
-        data: the fingerprint of the images; likewise.
+        data: the fingerprint of all that is trained and tested on; likewise.
+        run: the job's kind of run, made of a result's "run".
+        judged: the number that every result has.
 
     Raises UserError, naming the file, for a folder that does not fit.
     """
 
-    def __init__(self, folder: Path, settings: Mapping[str, Any], data: str) -> None:
+    def __init__(
+        self, folder: Path, settings: Mapping[str, Any], data: str, run: Callable[..., Named], judged: str = "accuracy"
+    ) -> None:
+        if folder.exists() and not folder.is_dir():
+            raise UserError(f"{folder}: not a folder")
         self.folder = folder
         self.environment = _open(folder, json.loads(json.dumps(settings)), data)
         self.data = data
-        self.done: dict[str, Result] = _finished(folder)
+        self.done: dict[str, Any] = _finished(folder, run, judged)
 
-    def keep(self, run: Run, result: Result) -> None:
-        """Remembers the result, on the disk too."""
-        self.done[run.name] = result
+    def checkpoint(self, name: str) -> Path:
+        """Where a run under way saves, if it does."""
+        return self.folder / f"{name}.pt"
+
+    def keep(self, run: Named, result: Mapping[str, Any]) -> None:
+        """Remembers the result, on the disk too, after which the run's checkpoint has no use."""
         write_json(self.folder / f"{run.name}.json", result)
+        self.checkpoint(run.name).unlink(missing_ok=True)
+        self.done[run.name] = result
 
 
 def environment() -> dict[str, Any]:
@@ -87,12 +105,12 @@ def _open(folder: Path, settings: dict[str, Any], data: str) -> dict[str, Any]:
     return there["environment"]
 
 
-def _finished(folder: Path) -> dict[str, Result]:
+def _finished(folder: Path, run: Callable[..., Named], judged: str) -> dict[str, Any]:
     """The results in the folder, by the name of the run."""
     found = {path.stem: _read_json(path) for path in sorted(folder.glob("*-*.json"))}
     for name, result in found.items():
         try:
-            fits = Run(**result["run"]).name == name and isinstance(result["accuracy"], float)
+            fits = run(**result["run"]).name == name and isinstance(result[judged], float)
         except (KeyError, TypeError):
             fits = False
         if not fits:

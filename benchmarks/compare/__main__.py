@@ -77,7 +77,7 @@ def compare(chosen: argparse.Namespace, arguments: str) -> None:
     for flag, path in (("--output", folder), ("--results", results)):
         if path.exists() and not path.is_dir():
             raise UserError(f"{flag} {path}: not a folder")
-    store = Store(folder, asdict(settings), runs.load(settings).fingerprint())
+    store = Store(folder, asdict(settings), runs.load(settings).fingerprint(), runs.Run)
     say(estimate(settings, store, chosen.jobs))
     if chosen.estimate:
         return

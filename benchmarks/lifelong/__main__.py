@@ -5,9 +5,7 @@
 
 import argparse
 import json
-import platform
 import shlex
-import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -23,10 +21,9 @@ from benchmarks.files import UserError, replacing
 from benchmarks.lifelong import experiment, report, streams
 from benchmarks.lifelong.experiment import QUICK, SETTINGS, Done, Run, Settings
 from benchmarks.lifelong.learning import Learning, perform
-from benchmarks.machine import processor
+from benchmarks.store import Store
 
 RESULTS = Path("benchmarks/results/lifelong")
-BEGUN = "settings.json"
 CHECKPOINT = "checkpoint.pt"
 SEEDS = 5
 
@@ -94,21 +91,19 @@ def lifelong(chosen: argparse.Namespace, arguments: str) -> None:
     seeds = chosen.seeds or (2 if chosen.quick else SEEDS)
     folder = chosen.output or Path(f"runs/lifelong-{'quick' if chosen.quick else settings.stream}")
     results = chosen.results or (folder if chosen.quick else RESULTS)
-    for path in (folder, results):
-        if path.exists() and not path.is_dir():
-            raise UserError(f"{path}: not a folder")
+    if results.exists() and not results.is_dir():
+        raise UserError(f"{results}: not a folder")
     tasks = Tasks(settings, chosen.data_dir)
-    begun = open_folder(folder, settings, tasks)
-    done = finished(folder)
-    say(estimate(settings, seeds, done, tasks))
-    run_missing(settings, seeds, done, tasks, folder, chosen.checkpoint_every)
+    store = Store(folder, asdict(settings), tasks.fingerprint(experiment.TUNING_SEED), Run)
+    say(estimate(settings, seeds, store.done, tasks))
+    run_missing(settings, seeds, store, tasks, chosen.checkpoint_every)
     data = {run_seed: tasks.fingerprint(run_seed) for run_seed in range(seeds)}
     environment = {
-        **begun["environment"], "data": {"tuning": begun["data"], **{str(seed): sha for seed, sha in data.items()}},
+        **store.environment, "data": {"tuning": store.data, **{str(seed): sha for seed, sha in data.items()}},
         "command": f"python -m benchmarks.lifelong {arguments}".strip(),
     }  # fmt: skip
     results.mkdir(parents=True, exist_ok=True)
-    print(write(results, settings, seeds, done, environment), flush=True)
+    print(write(results, settings, seeds, store.done, environment), flush=True)
     say(f"everything is in {results}, the finished runs in {folder}")
 
 
@@ -137,19 +132,18 @@ class Tasks:
         return self._last[1]  # type: ignore[no-any-return]
 
 
-def run_missing(settings: Settings, seeds: int, done: dict[str, Any], tasks: Tasks, folder: Path, every: float) -> None:
+def run_missing(settings: Settings, seeds: int, store: Store, tasks: Tasks, every: float) -> None:
     """Performs what has no result yet, one run after the other, and writes each result as it is there."""
+    done = store.done
     costs = (experiment.passes(settings, run) for run in experiment.plan(settings, seeds, done) if run.name in done)
     with tqdm(desc="lifelong", unit=" pass", disable=None, smoothing=0, unit_scale=True, initial=sum(costs)) as bar:
         while run := next((run for run in experiment.plan(settings, seeds, done) if run.name not in done), None):
             _show(bar, settings, seeds, done)
             learning = Learning(settings, run, tasks.of(run))
             each = experiment.passes(settings, run) / (settings.epochs * len(learning.tasks))
-            result = perform(learning, folder / CHECKPOINT, every, lambda each=each: bar.update(each))
-            with replacing(folder / f"{run.name}.json") as file:
-                file.write((json.dumps(result, allow_nan=False) + "\n").encode())
-            (folder / CHECKPOINT).unlink(missing_ok=True)
-            done[run.name] = result
+            checkpoint = store.folder / CHECKPOINT
+            store.keep(run, perform(learning, checkpoint, every, lambda each=each: bar.update(each)))
+            checkpoint.unlink(missing_ok=True)
         _show(bar, settings, seeds, done)
 
 
@@ -200,86 +194,6 @@ def write(folder: Path, settings: Settings, seeds: int, done: Done, environment:
         with replacing(folder / name) as file:
             file.write(content)
     return report.text(found)
-
-
-# ---- the folder ------------------------------------------------------------------------------------------------------
-
-
-def open_folder(folder: Path, settings: Settings, tasks: Tasks) -> dict[str, Any]:
-    """Makes the folder of a new job, or checks that the one that is there has these settings and this data."""
-    wanted = {
-        "settings": json.loads(json.dumps(asdict(settings))),
-        "data": tasks.fingerprint(experiment.TUNING_SEED),
-        "environment": environment(),
-    }
-    path = folder / BEGUN
-    if not path.exists():
-        if folder.exists() and any(folder.glob("*.json")):
-            raise UserError(f"{folder}: holds JSON files, but no {BEGUN}; name another --output")
-        folder.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as file:
-            file.write((json.dumps(wanted) + "\n").encode())
-        return wanted
-    there = _read_json(path)
-    if there.keys() != wanted.keys() or there["settings"].keys() != wanted["settings"].keys():
-        raise UserError(f"{path}: written by another version of this program; name another --output")
-    for name, value in wanted["settings"].items():
-        if there["settings"][name] != value:
-            raise UserError(
-                f"{path}: this job has {name} {there['settings'][name]}, not {value}; name another --output"
-            )
-    if there["data"] != wanted["data"]:
-        raise UserError(f"{path}: this job was begun on other data than there is now; name another --output")
-    for name, now in wanted["environment"].items():
-        if (then := there["environment"].get(name)) != now:
-            say(f"note: {name} was {then} and is {now}: the rest may differ")
-    return there
-
-
-def finished(folder: Path) -> dict[str, Any]:
-    """The results in the folder, by the name of the run."""
-    found = {path.stem: _read_json(path) for path in sorted(folder.glob("*-*.json"))}
-    for name, result in found.items():
-        try:
-            fits = Run(**result["run"]).name == name and isinstance(result["accuracy"], float)
-        except (KeyError, TypeError):
-            fits = False
-        if not fits:
-            raise UserError(f"{folder / name}.json: not the result of this run; remove it to run it again")
-    return found
-
-
-def environment() -> dict[str, Any]:
-    """What the numbers may depend on, beside the settings."""
-    return {
-        "commit": commit(),
-        "torch": str(torch.__version__),
-        "python": platform.python_version(),
-        "processor": f"{processor()}, {torch.backends.cpu.get_cpu_capability()}",
-    }
-
-
-def commit() -> str:
-    """The commit of the code, "and changes" where there are any; "unknown" outside of a repository."""
-    here = Path(__file__).parent
-    try:
-        head, changed = (
-            subprocess.run(["git", "-C", here, *words], capture_output=True, text=True, check=True).stdout.strip()
-            for words in (("rev-parse", "--short=12", "HEAD"), ("status", "--porcelain", "--untracked-files=no"))
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return f"{head} and changes" if changed else head
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text())
-        if not isinstance(content, dict):
-            raise ValueError
-    except ValueError as error:
-        raise UserError(f"{path}: not a file of this program, or a damaged one") from error
-    return content
 
 
 def say(line: str) -> None:

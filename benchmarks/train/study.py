@@ -72,7 +72,7 @@ def best_rhos(settings: Settings, done: Done) -> dict[str, float | None]:
 
 def run(settings: Settings, folder: Path, jobs: int) -> Store:
     """Performs every run that the folder has no result of. UserError for a folder of another comparison."""
-    store = Store(folder, asdict(settings), runs.load(settings).fingerprint())
+    store = Store(folder, asdict(settings), runs.load(settings).fingerprint(), Run)
     everything = plan(settings)
 
     def missing(under_way: object) -> Run | None:

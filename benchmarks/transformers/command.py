@@ -9,7 +9,8 @@ from pathlib import Path
 
 from benchmarks.files import UserError
 from benchmarks.options import Parser, count
-from benchmarks.transformers.folder import Folder
+from benchmarks.store import Store
+from benchmarks.transformers.plan import Run
 from benchmarks.transformers.study import Study, plain_settings, run_all
 
 RESULTS = Path("benchmarks/results")
@@ -77,7 +78,7 @@ def run(chosen: argparse.Namespace, study: Study, command: str) -> None:
     results = chosen.results or (path if chosen.quick else RESULTS / study.name)
     if results.exists() and not results.is_dir():
         raise UserError(f"{results}: not a folder")
-    folder = Folder(path, plain_settings(study), study.fingerprint())
+    folder = Store(path, plain_settings(study), study.fingerprint(), Run, "score")
     run_all(study, folder, chosen.jobs)
 
     from benchmarks.transformers import report  # pictures take a second, and a mistake should not wait for it

@@ -8,8 +8,8 @@ from typing import Any
 from benchmarks import tables
 from benchmarks.files import replacing
 from benchmarks.paired import OPEN, Interval, differences
+from benchmarks.store import Store, write_json
 from benchmarks.transformers import picture, plan
-from benchmarks.transformers.folder import Folder, write_json
 from benchmarks.transformers.plan import Answers, Result, Row
 from benchmarks.transformers.study import Study, plain_settings
 
@@ -44,7 +44,7 @@ class Finding:
     interval: Interval
 
 
-def write(folder: Any, study: Study, runs: Folder, command: str) -> str:
+def write(folder: Any, study: Study, runs: Store, command: str) -> str:
     """Writes the report into `folder` and returns its tables as text. All runs have to be there."""
     answers = plan.answer(study.settings, runs.done)
     rows = {row.key: row for row in plan.rows(study.settings, answers, study.base)}
@@ -180,7 +180,7 @@ def _claims(study: Study, rows: dict[str, Row], found: list[Finding]) -> tuple[t
 
 
 def _tuning(
-    study: Study, rows: dict[str, Row], answers: Answers, runs: Folder
+    study: Study, rows: dict[str, Row], answers: Answers, runs: Store
 ) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     lines = []
     for key, candidates in plan.questions(study.settings, answers).items():
@@ -193,7 +193,7 @@ def _tuning(
     return ("for", f"candidates: {study.measure}, validation"), lines
 
 
-def _cost(runs: Folder) -> str:
+def _cost(runs: Store) -> str:
     results = list(runs.done.values())
     evaluations = sum(result["evaluations"] for result in results)
     hours = sum(result["seconds"] for result in results) / 3600

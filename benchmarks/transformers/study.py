@@ -13,8 +13,8 @@ from typing import Any, ClassVar
 
 import torch
 
+from benchmarks.store import Store
 from benchmarks.transformers import plan
-from benchmarks.transformers.folder import Folder
 from benchmarks.transformers.plan import Result, Run, Settings
 from benchmarks.transformers.training import Task, train
 from benchmarks.workers import Progress, run_missing
@@ -71,7 +71,7 @@ class Study(ABC):
         """Whatever all runs need: nothing, or what is there already, or from its own checkpoint."""
 
 
-def run_all(study: Study, folder: Folder, jobs: int) -> None:
+def run_all(study: Study, folder: Store, jobs: int) -> None:
     """Every run that is missing, in `jobs` processes of one thread each."""
     torch.set_num_threads(1)
     settings, done = study.settings, folder.done
@@ -90,15 +90,15 @@ def run_all(study: Study, folder: Folder, jobs: int) -> None:
         return
     each, seconds = _measured(study.trial())
     finished, total, _ = progress()
-    total += study.preparation(folder.path)
+    total += study.preparation(folder.folder)
     print(
         f"{study.name}: {total - finished:,.0f} gradient evaluations are to be done, {1000 * seconds:.0f} ms each: "
         f"about {(total - finished) * seconds / jobs / 60:.0f} minutes on {jobs} idle cores",
         file=sys.stderr,
         flush=True,
     )
-    study.prepare(folder.path)
-    run_missing(partial(perform, study, folder.path), missing, folder.keep, progress, jobs, study.name)
+    study.prepare(folder.folder)
+    run_missing(partial(perform, study, folder.folder), missing, folder.keep, progress, jobs, study.name)
 
 
 def _measured(task: Task) -> tuple[int, float]:

@@ -65,12 +65,13 @@ def why_not() -> str | None:
 
 def serves(device: torch.device) -> bool:
     """Whether there are kernels for tensors on a device."""
-    return device.type == "cuda" and _has_code(device)
+    if device.type != "cuda":
+        return False
+    return _has_code(torch.cuda.current_device() if device.index is None else device.index)
 
 
 @cache
-def _has_code(device: torch.device) -> bool:
-    number = torch.cuda.current_device() if device.index is None else device.index
+def _has_code(number: int) -> bool:
     found: bool = torch.ops.lookbehind_fused_cuda.serves(number)
     return found
 

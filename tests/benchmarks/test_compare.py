@@ -516,7 +516,7 @@ def test_a_change_of_versions_is_noted(begun, capfd):
     path = begun / "settings.json"
     change(path, environment=json.loads(path.read_text())["environment"] | {"torch": "1.0"})
     content = json.loads(path.read_text())
-    store = Store(begun, content["settings"], content["data"])
+    store = Store(begun, content["settings"], content["data"], Run)
     assert store.environment["torch"] == "1.0"
     assert re.fullmatch("note: torch was 1.0 and is .*: the rest may differ\n", capfd.readouterr().err)
 

@@ -21,6 +21,7 @@ from benchmarks.lifelong.experiment import QUICK, ROWS, SETTINGS, Run
 from benchmarks.lifelong.learning import Learning, MultiHead, perform
 from benchmarks.lifelong.report import FAILS, HOLDS, OPEN, Claim, Finding, Row
 from benchmarks.lifelong.streams import STREAMS, Sizes
+from benchmarks.store import SETTINGS as BEGUN
 from lookbehind_fused.lifelong import of_task
 
 # What one process has run serves all tests of this file.
@@ -390,10 +391,10 @@ def test_a_mistake_is_one_line_and_writes_nothing(tmp_path, monkeypatch, capfd, 
 
 
 DAMAGES = {
-    "other data": (lambda f: change(f / job.BEGUN, data="0" * 64), "other data"),
-    "other settings": (lambda f: change_settings(f, memory=7), "this job has memory 7, not 20"),
-    "another version's settings": (lambda f: change(f / job.BEGUN, settings={"memory": 2}), "another version"),
-    "no settings": (lambda f: (f / job.BEGUN).unlink(), "but no settings.json"),
+    "other data": (lambda f: change(f / BEGUN, data="0" * 64), "other data"),
+    "other settings": (lambda f: change_settings(f, memory=7), "begun with memory 7, not 20"),
+    "another version's settings": (lambda f: change(f / BEGUN, settings={"memory": 2}), "another version"),
+    "no settings": (lambda f: (f / BEGUN).unlink(), "but no settings.json"),
     "half a result": (lambda f: result_in(f).write_text('{"run'), "not a file of this program"),
     "another run's result": (lambda f: result_in(f).rename(f / "tune-plain-sgd-lr7-seed1.json"), "not the result"),
     "a result without accuracy": (lambda f: change(result_in(f), accuracy=None), "not the result of this run"),
@@ -405,8 +406,8 @@ def result_in(folder: Path) -> Path:
 
 
 def change_settings(folder: Path, **changes: object) -> None:
-    settings = json.loads((folder / job.BEGUN).read_text())["settings"]
-    change(folder / job.BEGUN, settings=settings | changes)
+    settings = json.loads((folder / BEGUN).read_text())["settings"]
+    change(folder / BEGUN, settings=settings | changes)
 
 
 def change(path: Path, **changes: object) -> None:
@@ -417,7 +418,7 @@ def change(path: Path, **changes: object) -> None:
 def test_a_folder_that_does_not_fit_is_refused(tmp_path: Path, whole: Path, capfd, damage, message: str) -> None:
     begun = tmp_path / "begun"
     begun.mkdir()
-    for path in (whole / job.BEGUN, min(whole.glob("tune-*.json"))):
+    for path in (whole / BEGUN, min(whole.glob("tune-*.json"))):
         (begun / path.name).write_bytes(path.read_bytes())
     damage(begun)
     before = contents(begun)

@@ -17,8 +17,8 @@ from matplotlib.image import imread
 from benchmarks import data
 from benchmarks.files import UserError
 from benchmarks.paired import Interval
+from benchmarks.store import Store
 from benchmarks.transformers import study as studies
-from benchmarks.transformers.folder import Folder
 from benchmarks.transformers.plan import Run
 from benchmarks.transformers.vit import __main__ as command
 from benchmarks.transformers.vit.job import PRETRAINED, QUICK, Vit, accuracy
@@ -125,7 +125,7 @@ def test_the_estimate_counts_what_will_be_evaluated(whole, tmp_path, capfd, monk
     monkeypatch.setattr(studies, "run_missing", lambda *_: None)
     study = Vit(QUICK)
     settings = studies.plain_settings(study)
-    studies.run_all(study, Folder(tmp_path / "new", settings, study.fingerprint()), jobs=2)
+    studies.run_all(study, Store(tmp_path / "new", settings, study.fingerprint(), Run, "score"), jobs=2)
     minibatches = QUICK.epochs * (QUICK.training // QUICK.batch_size)
     results = results_of(whole)
     planned = sum(result["evaluations"] for result in results.values())
@@ -133,7 +133,7 @@ def test_the_estimate_counts_what_will_be_evaluated(whole, tmp_path, capfd, monk
     said = capfd.readouterr().err
     assert f"vit: {planned + pretraining:,} gradient evaluations are to be done" in said
     assert "minutes on 2 idle cores" in said
-    folder = Folder(whole, settings, study.fingerprint())
+    folder = Store(whole, settings, study.fingerprint(), Run, "score")
     del folder.done[next(name for name in folder.done if "adaptive" in name)]
     studies.run_all(study, folder, jobs=1)
     assert f"vit: {3 * minibatches} gradient evaluations are to be done" in capfd.readouterr().err
