@@ -18,8 +18,8 @@ CXX    ?= g++
 
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
-.PHONY: help setup train compare lifelong translation vit test test-all trainers docs translation-tests fuzz bench \
-	bench-distributed gpu-check sanitize dist-check wheel matrix check format clean
+.PHONY: help setup train compare fractions lifelong translation vit test test-all trainers docs translation-tests \
+	fuzz bench bench-distributed gpu-check sanitize dist-check wheel matrix check format clean
 
 # An interpreter that was asked for by name must be the one in .venv; otherwise any that .venv has will do.
 VERSION := import sys; print("%d.%d" % sys.version_info[:2])
@@ -40,13 +40,16 @@ setup: $(READY)  ## make .venv and install everything into it (the second time t
 	@echo "$(VENV) is ready"
 
 # Threads that wait are to sleep: where other programs share the cores, spinning ones cost ten times the time.
-train compare lifelong translation translation-tests vit test test-all trainers fuzz: export OMP_WAIT_POLICY ?= PASSIVE
+train compare fractions lifelong translation translation-tests vit test test-all trainers fuzz: export OMP_WAIT_POLICY ?= PASSIVE
 
 train: $(READY)  ## compare SGD, SAM and Lookbehind, minutes; with ARGS="--k 5" a single run: ARGS="--help"
 	@$(PY) -m benchmarks.train $(ARGS)
 
 compare: $(READY)  ## compare all methods, each tuned, five seeds: an hour or two on two cores; goes on where it stopped
 	@$(PY) -m benchmarks.compare $(ARGS)
+
+fractions: $(READY)  ## compare ascents on parts of the minibatch with other ways to save gradients: ten minutes on two cores
+	@$(PY) -m benchmarks.fractions $(ARGS)
 
 lifelong: $(READY)  ## learn 20 tasks one after the other with each method: two CPU hours; goes on where it stopped
 	@$(PY) -m benchmarks.lifelong $(ARGS)

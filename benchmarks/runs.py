@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from itertools import pairwise
-from typing import Any
+from typing import Any, Protocol
 
 import torch.nn.functional as F
 from torch.optim import Optimizer
@@ -44,6 +44,13 @@ class Setting:
     noise_samples: int = 5
     looks: int = 10
     """How often a final run's test accuracy is measured on its way, in even distances."""
+
+
+class Seeded(Protocol):
+    """What a run of any comparison has."""
+
+    purpose: str
+    seed: int
 
 
 @dataclass(frozen=True)
@@ -109,7 +116,7 @@ def load(setting: Setting) -> Dataset:
     )
 
 
-def images_of(setting: Setting, run: Run, images: Dataset) -> Dataset:
+def images_of(setting: Setting, run: Seeded, images: Dataset) -> Dataset:
     """What a run is given: but for final runs, validation images with noisy labels take the test images' place."""
     noisy = data.with_label_noise(images, setting.label_noise, run.seed)
     n = setting.training
@@ -117,6 +124,18 @@ def images_of(setting: Setting, run: Run, images: Dataset) -> Dataset:
     if run.purpose == "final":
         return seen
     return replace(seen, test_images=noisy.train_images[n:], test_labels=noisy.train_labels[n:])
+
+
+def job_of(setting: Setting, own: Mapping[str, Any], images: Dataset) -> Job:
+    """The main job before a run; `own` are its options, and what is no option has no effect."""
+    chosen, _ = options.parse(["--data", setting.data, "--threads", "1"])
+    shared = {name: getattr(setting, name) for name in ("width", "batch_size", "label_noise")}
+    for name, value in {**shared, **own}.items():
+        if hasattr(chosen, name):
+            setattr(chosen, name, value)
+    job = Job(chosen, images)
+    job.reset()
+    return job
 
 
 def perform(setting: Setting, run: Run, images: Dataset | None = None) -> Result:
@@ -127,14 +146,8 @@ def perform(setting: Setting, run: Run, images: Dataset | None = None) -> Result
 
     Returns plain values for JSON: None is a number that was not finite.
     """
-    chosen, _ = options.parse(["--data", setting.data, "--threads", "1"])
-    for name in ("width", "batch_size", "label_noise"):
-        setattr(chosen, name, getattr(setting, name))
-    for name, value in asdict(run).items():
-        if value is not None and hasattr(chosen, name) and name != "method":
-            setattr(chosen, name, value)
-    job = Job(chosen, images_of(setting, run, images or load(setting)))
-    job.reset()
+    own = {name: value for name, value in asdict(run).items() if value is not None and name != "method"}
+    job = job_of(setting, own, images_of(setting, run, images or load(setting)))
     record = Record(job.steps_per_epoch)
     optimizer, scheduler = job.make_optimizer(run.method)
     history = []

@@ -11,7 +11,6 @@ import random
 import re
 import shutil
 import signal
-import statistics
 import subprocess
 import sys
 import time
@@ -27,7 +26,7 @@ from benchmarks.job import Job
 from benchmarks.methods import METHODS
 from benchmarks.models import ResidualNetwork
 from benchmarks.train import __main__ as train
-from benchmarks.train import fractions, plots, rounding
+from benchmarks.train import plots, rounding
 from tests.benchmarks.test_data import write_cifar10, write_idx
 
 # What one process has trained serves all tests of this file.
@@ -517,90 +516,6 @@ def test_training_with_and_without_autocast_is_compared(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         rounding.main(["--data", "cifar10"])
     assert capsys.readouterr().err.startswith("benchmarks.train.rounding: --data")
-
-
-# Ascents on a part of the minibatch
-
-
-@pytest.fixture
-def few_fractions(monkeypatch):
-    for name, value in (("FRACTIONS", (1.0, 1 / 4)), ("RHOS", (0.2,)), ("RHOS_OF_CONTROLS", (0.2,)), ("ROUNDS", 2)):
-        monkeypatch.setattr(fractions, name, value)
-
-
-def test_fractions_are_compared(few_fractions, monkeypatch, capsys, tmp_path):
-    """A line for each kind, and one for each time; killed, it goes on; with other options it is another run."""
-    command, names, train_one = [*SMALL, "--seeds", "2", "--folder", str(tmp_path)], [], fractions.trained
-
-    def trained(run, more):
-        if len(names) == 5:
-            raise KeyboardInterrupt
-        names.append(run.name)
-        return train_one(run, more)
-
-    monkeypatch.setattr(fractions, "trained", trained)
-    with pytest.raises(KeyboardInterrupt):
-        fractions.main(command)
-    found = json.loads((tmp_path / fractions.NAME).read_text())["accuracy"]
-    assert [*found] == names
-    monkeypatch.setattr(fractions, "trained", lambda run, more: names.append(run.name) or train_one(run, more))
-    assert fractions.main(command) == 0
-    assert len(names) == len({*names}) == 2 * 6
-    accuracies, times, where = capsys.readouterr().out.split("\n\n")
-    rows, of_times = ([line.split(" | ") for line in table.splitlines()[2:]] for table in (accuracies, times))
-    assert [row[0].removeprefix("| ") for row in rows] == [
-        "SGD", "SAM", "ascent on the first 1/4 of the minibatch",
-        "ascent on 1/4 of another minibatch of the epoch", "ascent in a random direction", "SAM at every second step",
-    ]  # fmt: skip
-    assert [row[1] for row in rows] == ["1", "2", "1.25", "1.25", "1", "1.5"]
-    assert fractions._label(fractions.Run("sam", 0, 1 / 16)) == ["ascent on the first 1/16 of the minibatch", "1.0625"]
-    found = json.loads((tmp_path / fractions.NAME).read_text())["accuracy"]
-    for row, kind in zip(
-        rows, ("sgd", "sam fraction 1", "sam fraction 0.25", "other", "random", "second"), strict=True
-    ):
-        mean = statistics.mean(100 * x for name, x in found.items() if name.startswith(kind))
-        assert float(row[2].split("±")[0]) == pytest.approx(mean, abs=0.051)
-    assert [row[1] for row in of_times] == ["1", "2", "1.25"]
-    assert of_times[0][2].startswith("1.00")
-    assert "one thread" in where
-    with pytest.raises(SystemExit):
-        fractions.main([*command, "--lr", "0.01"])
-    assert "--folder" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("method", "run"), [("sgd", ("sgd", 3)), ("sam", ("sam", 3, 1.0, 0.2)), ("sam-quarter", ("sam", 3, 0.25, 0.2))]
-)
-def test_runs_over_fractions_are_the_main_jobs(method, run):
-    """To the bit."""
-    chosen, _ = options.parse([*SMALL, "--seed", "3", "--rho", "0.2", "--label-noise", "0.4"])
-    job = Job(chosen)
-    job.reset()
-    job.train(
-        method, *job.make_optimizer(method), checkpoints.Record(job.steps_per_epoch), job.total_steps, lambda: None
-    )
-    ours = fractions.trained(fractions.Run(*run), SMALL)
-    for p, q in zip(job.model.parameters(), ours.model.parameters(), strict=True):
-        assert torch.equal(p, q)
-
-
-def test_controls_over_fractions_ascend_elsewhere(monkeypatch):
-    """On examples that the descent does not see, in directions that no example gives, or not at all."""
-    seen, loss = [], Job.loss
-    monkeypatch.setattr(Job, "loss", lambda self, batch: seen.append({*batch.tolist()}) or loss(self, batch))
-    weights = {}
-    for kind in ("other", "random", "second"):
-        seen.clear()
-        weights[kind] = fractions.trained(fractions.Run(kind, 0, 0.25, 0.2), SMALL).model.stem.weight
-        if kind == "other":
-            assert [len(examples) for examples in seen] == [4, 16] * STEPS
-            assert all(a.isdisjoint(b) for a, b in zip(seen[::2], seen[1::2], strict=True))
-        else:
-            assert [len(examples) for examples in seen] == (
-                [16] * STEPS if kind == "random" else [16] * (STEPS * 3 // 2)
-            )
-    for a, b in itertools.combinations(weights.values(), 2):
-        assert not torch.equal(a, b)
 
 
 # Kills. Each run is a process forked from a server that has everything imported, so that many of them are cheap.
