@@ -8,14 +8,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from scipy.stats import ttest_1samp
-
 from benchmarks import tables
 from benchmarks.lifelong import experiment
 from benchmarks.lifelong.experiment import ROWS, SETTINGS, WAYS, Done, Options, Settings
 from benchmarks.lifelong.streams import STREAMS
+from benchmarks.paired import FAILS, HOLDS, OPEN, Interval, differences
 
-HOLDS, FAILS, OPEN = "holds", "does not hold", "not resolved"
 ABSENT = """
     The appendix with the paper's own text of algorithms 3 and 4 and its table 6 was not at hand. Lookahead-C-MAML and
     Lookbehind-C-MAML are Lookahead (Zhang et al. 2019) and Lookbehind around C-MAML (Gupta et al. 2020, arXiv
@@ -64,20 +62,14 @@ class Finding:
     differences: tuple[float, ...]
 
     @property
-    def interval(self) -> tuple[float, float]:
-        """95 % confidence interval of the mean difference, by Student's t; infinite for fewer than two seeds."""
-        if len(self.differences) < 2:
-            return -math.inf, math.inf
-        if len(set(self.differences)) == 1:  # of which t knows nothing
-            return self.differences[0], self.differences[0]
-        interval = ttest_1samp(self.differences, 0.0).confidence_interval(0.95)
-        return float(interval.low), float(interval.high)
+    def interval(self) -> Interval:
+        """Of the mean difference."""
+        return Interval.of(self.differences)
 
     @property
     def verdict(self) -> str:
-        """Resolved where the interval leaves out 0."""
-        low, high = self.interval
-        return HOLDS if low > 0 else FAILS if high < 0 else OPEN
+        """By the 95 % interval."""
+        return self.interval.verdict
 
 
 @dataclass(frozen=True)
@@ -147,9 +139,9 @@ def judge(rows: Sequence[Row]) -> tuple[Claim, ...]:
         for measure, word, sign in (("accuracy", "above", 1), ("forgetting", "below", -1)):
             findings = []
             for other in (by_key[way, method] for method in others):
-                pairs = zip(getattr(ours, measure), getattr(other, measure), strict=True)
+                a, b = getattr(ours, measure), getattr(other, measure)
                 name = f"{'average accuracy' if sign > 0 else 'forgetting'}: {ours.label} {word} {other.label}"
-                findings.append(Finding(name, tuple(sign * (a - b) for a, b in pairs)))
+                findings.append(Finding(name, differences(a, b) if sign > 0 else differences(b, a)))
             verb = "learns better" if sign > 0 else "forgets less"
             claims.append(Claim(f"{ours.label} {verb} than the others{WAYS[way]}", tuple(findings)))
     return tuple(claims)
@@ -245,10 +237,10 @@ def _claims(report: Report, mark: bool) -> tuple[tuple[str, ...], list[tuple[str
         cells = f"{number}. {claim.text}", claim.verdict
         lines.append((*(f"**{cell}**" if mark else cell for cell in cells), "", ""))
         for finding in claim.findings:
-            low, high = (100 * bound for bound in finding.interval)
-            mean = 100 * statistics.fmean(finding.differences)
-            interval = f"{low:+.2f} to {high:+.2f}" if math.isfinite(low) else "needs two seeds"
-            lines.append((finding.text, finding.verdict, f"{mean:+.2f}", interval))
+            found = finding.interval
+            interval = f"{100 * found.low:+.2f} to {100 * found.high:+.2f}"
+            shown = interval if len(finding.differences) > 1 else "needs two seeds"
+            lines.append((finding.text, finding.verdict, f"{100 * found.mean:+.2f}", shown))
     return header, lines
 
 
@@ -288,7 +280,9 @@ def numbers(report: Report) -> dict[str, Any]:
                 "findings": [
                     {
                         "text": finding.text, "verdict": finding.verdict, "differences": finding.differences,
-                        "interval": finding.interval if len(finding.differences) > 1 else None,
+                        "interval": [finding.interval.low, finding.interval.high]
+                        if len(finding.differences) > 1
+                        else None,
                     }
                     for finding in claim.findings
                 ],

@@ -307,12 +307,6 @@ def test_no_test_image_is_used_in_tuning(monkeypatch: pytest.MonkeyPatch) -> Non
 # Judging
 
 
-def test_intervals_by_hand() -> None:
-    """Mean 0.02, standard deviation 0.01, three seeds: 0.02 ± 4.3027 * 0.01 / sqrt(3)."""
-    low, high = Finding("", (0.01, 0.02, 0.03)).interval
-    assert (low, high) == pytest.approx((0.02 - 0.0248414, 0.02 + 0.0248414), abs=1e-6)
-
-
 @pytest.mark.parametrize(
     ("differences", "verdict"),
     [
