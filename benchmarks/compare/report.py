@@ -42,6 +42,8 @@ class Report:
     tuning: dict[str, list[tuple[Options, float, float | None]]]
     """By key, for each point: accuracy with the first tuning seed; of finalists the mean over all."""
     claims: tuple[Claim, ...]
+    seconds: float
+    """Of training, of all runs together, each on one core."""
     environment: Mapping[str, Any]
     data: str
 
@@ -69,8 +71,9 @@ def make(settings: Settings, store: Store, command: str) -> Report:
     }  # fmt: skip
     tuning = {experiment.key_of(*which): _tuning(settings, *which, done) for which in experiment.TUNED}
     claims = judge(settings, measured, over_rho)
+    seconds = math.fsum(done[run.name]["seconds"] for run in experiment.plan(settings, done))
     environment = {**store.environment, "command": command}
-    return Report(settings, answers, measured, explored, tuning, claims, environment, store.data)
+    return Report(settings, answers, measured, explored, tuning, claims, seconds, environment, store.data)
 
 
 def _measured(row: Row, done: Done) -> Measured:
@@ -97,6 +100,17 @@ def _tuning(settings: Settings, method: str, asam: bool, done: Done) -> list[tup
 # ---- text ------------------------------------------------------------------------------------------------------------
 
 
+PICTURES = {
+    "accuracy": "Accuracy on the test images: each seed and the mean",
+    "evaluations": "Accuracy on the test images against gradients a run",
+    "sharpness": "Sharpness against radius",
+    "noise": "Accuracy against noise in the weights",
+    "sensitivity": "Validation accuracy, loss and sharpness around what was chosen",
+    "training": "During training: accuracy, the adaptive alpha, switched stages",
+}
+"""What those that `plots` draws show, by their names."""
+
+
 def text(report: Report) -> str:
     """The table and the claims, for a terminal."""
     return "\n\n".join("\n".join(tables.markdown(*table)) for table in (_table(report), _claims(report)))
@@ -115,7 +129,8 @@ def markdown(report: Report) -> str:
             gradients", which train longer until they have taken as many as Lookbehind over the same ball. The base is
             SGD with momentum 0.9, weight decay 5e-4 and a cosine schedule. {len(s.seeds)} seeds decide weights,
             order and label noise, the same for every row; none of them was used in tuning. torch {e["torch"]}, Python
-            {e["python"]}, one thread a run on {e["processor"]}; data (SHA-256) {report.data[:16]}..."""),
+            {e["python"]}, one thread a run on {e["processor"]}; data (SHA-256) {report.data[:16]}... All runs trained
+            for {report.seconds / 3600:.1f} hours of a core that other programs used too."""),
         "\n".join(tables.markdown(*_table(report))),
         _paragraph(f"""
             Evaluations: gradients of a minibatch (with microbatches: of one of them; one of a quarter counts as a
@@ -128,6 +143,7 @@ def markdown(report: Report) -> str:
             1 + level × N(0, 1), mean over the levels {", ".join(f"{x:g}" for x in s.noise_levels[1:])} and
             {s.noise_samples} draws of each, on the first 1,000 test images. BatchNorm's statistics are estimated anew
             before every measure, since sharpness-aware steps update its running averages at perturbed weights too."""),
+        *(f"![{words}](compare-{name}.png)" for name, words in PICTURES.items()),
         "## What held",
         "\n".join(tables.markdown(*_claims(report))),
         _paragraph("""
@@ -238,6 +254,7 @@ def plain(report: Report) -> dict[str, Any]:
                 varied: {value: asdict(x) for value, x in of.items()} for varied, of in report.explored.items()
             },
             "rows": {key: _plain_row(m) for key, m in report.measured.items()},
+            "seconds": report.seconds,
             "claims": [
                 {
                     "source": claim.source, "text": claim.text, "verdict": claim.verdict,

@@ -127,6 +127,9 @@ def test_the_markdown_says_what_the_numbers_say(whole):
         line = next(line for line in text.splitlines() if line.startswith(f"| {row['label']} |"))
         assert f"| {row['evaluations']:,.0f} | {100 * sum(row['accuracy']) / len(QUICK.seeds):.1f} (" in line
     assert len(content["claims"]) == 16
+    seconds = sum(json.loads(path.read_text())["seconds"] for path in whole.glob("*-*.json"))
+    assert content["seconds"] == pytest.approx(seconds, rel=1e-4)
+    assert f"All runs trained for {seconds / 3600:.1f} hours" in text
     assert "with ascents on a quarter 2 times as large, by the rule of fractions.md" in text
     for claim in content["claims"]:
         verdict = claim["verdict"] + (" with 2 seeds" if claim["verdict"] == OPEN else "")
@@ -142,6 +145,7 @@ def test_the_markdown_says_what_the_numbers_say(whole):
 
 def test_the_pictures_are_drawn(whole):
     assert {path.name for path in whole.glob("*.png")} == PICTURES
+    assert {*re.findall(r"^!\[.+\]\((.+)\)$", (whole / "compare.md").read_text(), re.MULTILINE)} == PICTURES
     for name in PICTURES:
         picture = imread(whole / name)[..., :3]
         assert picture.shape[1] in (1800, 2000, 2400, 2600)
