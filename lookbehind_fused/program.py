@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from torch import Tensor
+from .batches import Batch, examples_from, examples_in
 
 
 @dataclass(frozen=True)
@@ -36,23 +36,31 @@ class Evaluation:
     closes: bool = False
     fraction: float = 1
 
-    def part(self, batch: Tensor) -> Tensor:
-        """What of a minibatch this evaluation is to see, of n examples along the first dimension of ``batch``: its
-        microbatch, the ``microbatch``-th n / ``microbatches``; or the first ``fraction`` * n, rounded to the nearest
-        whole number (a half to the even one) and at least one. All of it where a step takes no parts.
+    def part(self, batch: Batch) -> Batch:
+        """What of a minibatch this evaluation is to see, of n examples: its microbatch, the ``microbatch``-th
+        n / ``microbatches``; or the first ``fraction`` * n, rounded to the nearest whole number (a half to the even
+        one) and at least one. The minibatch itself where a step takes no parts.
+
+        Args:
+            batch: a tensor with the examples along its first dimension, or a tuple, a list or a mapping of such, as
+                loaders give them, in each other as may be; what comes back is of the same kinds. A list of plain values
+                has one for each example; a plain value by itself and a tensor without a dimension are for all of them.
 
         Raises:
-            ValueError: the number of microbatches does not divide n.
+            TypeError: something in the batch is none of these.
+            ValueError: it has no tensor, or not all of one length; the number of microbatches does not divide n.
         """
+        if self.fraction == 1 and self.microbatches == 1:
+            return batch
+        n = examples_in(batch)
         if self.fraction < 1:
-            return batch[: max(1, round(self.fraction * len(batch)))]
-        size, rest = divmod(len(batch), self.microbatches)
+            return examples_from(batch, slice(max(1, round(self.fraction * n))))
+        size, rest = divmod(n, self.microbatches)
         if rest:
             raise ValueError(
-                f"microbatches: expected a number that divides the batch, got {self.microbatches} for a batch of "
-                f"{len(batch)}"
+                f"microbatches: expected a number that divides the batch, got {self.microbatches} for a batch of {n}"
             )
-        return batch[self.microbatch * size : (self.microbatch + 1) * size]
+        return examples_from(batch, slice(self.microbatch * size, (self.microbatch + 1) * size))
 
 
 class Use(NamedTuple):
