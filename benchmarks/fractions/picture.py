@@ -11,10 +11,19 @@ from benchmarks.fractions.report import SGD, Report
 from benchmarks.fractions.study import CONTROLS, Way, relative_time
 from benchmarks.style import FAINT, HEAD, STYLE, canvas
 
-COLOURS = {
-    "sgd": "#7F7F7F", "sam": "#0072B2", "free": "#CC79A7", "second": "#A6761D", "early": "#E69F00", "late": "#262626",
-    "lookbehind": "#D55E00", "lookbehind-early": "#F0A58F", "other": "#999933", "random": "#44AA99",
-}  # fmt: skip
+LOOKS = {
+    "sgd": ("#7F7F7F", "SGD, also for longer"),
+    "sam": ("#0072B2", "SAM, ascents on all or a part"),
+    "free": ("#CC79A7", "free ascent, also for longer"),
+    "second": ("#A6761D", "SAM at every second step"),
+    "early": ("#E69F00", "SAM, then SGD"),
+    "late": ("#262626", "SGD, then SAM"),
+    "lookbehind": ("#D55E00", "Lookbehind-SAM"),
+    "lookbehind-early": ("#F0A58F", "Lookbehind-SAM, then SGD"),
+    "other": ("#999933", "on a quarter of another minibatch"),
+    "random": ("#44AA99", "in a random direction"),
+}
+"""Colour and name of each kind."""
 
 
 def draw(report: Report) -> bytes:
@@ -22,7 +31,7 @@ def draw(report: Report) -> bytes:
     s = report.settings
     with rc_context(STYLE):
         figure = canvas(
-            11, 5.2, "What an ascent may cost",
+            11, 5.0, "What an ascent may cost",
             f"Handwritten digits, {s.label_noise:.0%} of the training labels wrong; mean of {len(s.seeds)} seeds, and "
             "their range; each at the rho that other seeds chose",
         )  # fmt: skip
@@ -37,11 +46,10 @@ def draw(report: Report) -> bytes:
         ):
             axes.set_title(title, **HEAD)
             axes.set_xlabel(label)
-            axes.set_ylim(rho.get_ylim())
         gradients.set_ylabel("test images correct (%)")
         handles, labels = gradients.get_legend_handles_labels()
         figure.legend(
-            handles, labels, loc="lower center", bbox_to_anchor=(0.5, 0.012), ncol=4, frameon=False, fontsize=8
+            handles, labels, loc="lower center", bbox_to_anchor=(0.54, 0.012), ncol=5, frameon=False, fontsize=7.5
         )
         figure.text(0.012, 0.012, f"torch {report.environment['torch']}", size=7, color=FAINT, va="bottom")
         with io.BytesIO() as file:
@@ -51,18 +59,17 @@ def draw(report: Report) -> bytes:
 
 def _draw_costs(axes: Axes, report: Report, costs: dict[Way, float | None]) -> None:
     """Ways of one kind are joined by a line."""
-    for kind, colour in COLOURS.items():
+    for kind, (colour, name) in LOOKS.items():
         some = [way for way in report.best if way.kind == kind and costs[way] is not None]
         if not some:
             continue
         x, accuracy = [costs[way] for way in some], 100 * np.array([report.at_best(way) for way in some])
-        label = "ascent on a part, SAM" if kind == "sam" else some[0].label(report.settings)
         axes.errorbar(
             x, accuracy.mean(1), (accuracy.mean(1) - accuracy.min(1), accuracy.max(1) - accuracy.mean(1)),
             fmt="s-" if kind in CONTROLS else "o-", color=colour, markersize=5, linewidth=1.5, elinewidth=0.8,
-            label=label,
+            label=name,
         )  # fmt: skip
-    axes.set_xlim(left=0)
+    axes.set_xlim(left=0.75)
 
 
 def _draw_rho(axes: Axes, report: Report) -> None:
@@ -72,11 +79,11 @@ def _draw_rho(axes: Axes, report: Report) -> None:
             continue
         means = [100 * np.mean(x) for x in by_rho.values()]
         alpha = next(shades) if way.kind == "sam" else 1
-        axes.plot(list(by_rho), means, "o-", color=COLOURS[way.kind], alpha=alpha, markersize=4, linewidth=1.5)
+        axes.plot(list(by_rho), means, "o-", color=LOOKS[way.kind][0], alpha=alpha, markersize=4, linewidth=1.5)
         if way.kind == "sam":
             name = "SAM" if way.fraction == 1 else f"1/{1 / way.fraction:g}"
             axes.annotate(name, (list(by_rho)[-1], means[-1]), (4, 0), textcoords="offset points", size=7, va="center")
-    axes.axhline(100 * np.mean(report.at_best(SGD)), color=COLOURS["sgd"], linewidth=1.2, linestyle="--")
+    axes.axhline(100 * np.mean(report.at_best(SGD)), color=LOOKS["sgd"][0], linewidth=1.2, linestyle="--")
     axes.set_xscale("log")
     axes.xaxis.set_major_locator(FixedLocator(report.settings.rhos))
     axes.xaxis.set_minor_locator(NullLocator())

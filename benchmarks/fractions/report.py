@@ -138,7 +138,7 @@ def _sentence(report: Report, a: Way, b: Way) -> str:
     cost = report.cost(a) / report.cost(b)
     times = "as many gradients" if cost == 1 else f"{cost:.3g} times its gradients"
     names = [way.label(report.settings) for way in (a, b)]
-    return f"{names[0]} {words} {names[1]}: {gap.show(100, 1, True)} points, with {times}."
+    return f"{names[0][:1].upper()}{names[0][1:]} {words} {names[1]}: {gap.show(100, 1, True)} points, with {times}."
 
 
 def describe(report: Report) -> str:

@@ -109,9 +109,9 @@ def test_what_is_written(whole, capfd, monkeypatch):
 
 def test_the_picture_shows_every_kind(whole):
     image = imread(whole / "fractions.png")[..., :3]
-    for kind, colour in picture.COLOURS.items():
+    for kind, (colour, _) in picture.LOOKS.items():
         assert (abs(image - to_rgb(colour)) < 0.01).all(axis=2).sum() > 100, kind
-    assert picture.COLOURS.keys() == KINDS.keys()
+    assert picture.LOOKS.keys() == KINDS.keys()
 
 
 @pytest.mark.parametrize(
