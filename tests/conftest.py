@@ -3,6 +3,7 @@
 import itertools
 import os
 import random
+import signal
 from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
@@ -29,6 +30,15 @@ BACKENDS = os.environ.get("LOOKBEHIND_TEST_BACKENDS", "reference native").split(
 def backend(request: pytest.FixtureRequest) -> str:
     """Name of the backend that the test gives to ``Lookbehind``."""
     return request.param
+
+
+@pytest.fixture(scope="session", autouse=True)
+def interruptible() -> None:
+    """Processes that tests start can be interrupted, also where a shell has started this one in the background: such
+    ignore SIGINT, and so does what they start.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)

@@ -198,7 +198,7 @@ def test_a_killed_and_interrupted_comparison_goes_on_to_the_same_results(tmp_pat
     there = {name: content for name, content in contents(folder).items() if name.endswith(".json")}
     assert len(there) < 20
 
-    while True:
+    for _ in range(20):
         process = start(folder)
         wait_for_results(folder, process, 30)
         workers = descendants(process.pid)
@@ -212,7 +212,7 @@ def test_a_killed_and_interrupted_comparison_goes_on_to_the_same_results(tmp_pat
             if path.name not in there and (path.suffix == ".md" or path.suffix == ".json"):
                 path.unlink()
     assert status == 130
-    assert said == "interrupted; the same command goes on with the runs that are missing\n"
+    assert said.endswith("\ninterrupted; the same command goes on with the runs that are missing\n")
     assert not (folder / "compare.md").exists()
 
     assert compare.main([*QUICK_RUN, "--jobs", "1", "--output", str(folder)]) == 0
