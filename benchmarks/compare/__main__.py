@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 
 from benchmarks import runs
+from benchmarks.command import ended, say
 from benchmarks.compare import experiment, report
 from benchmarks.compare.experiment import DIGITS, FASHION_MNIST, QUICK, Settings
 from benchmarks.files import UserError, replacing
@@ -29,18 +30,9 @@ NUMBERS = "compare.json"
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the comparison and returns the exit code: 0, 2 after a mistake of the caller, 130 after Ctrl-C."""
     chosen = build_parser().parse_args(argv)
-    try:
-        compare(chosen, shlex.join(sys.argv[1:] if argv is None else argv))
-    except UserError as error:
-        say(f"benchmarks.compare: {error}")
-        return 2
-    except OSError as error:
-        say(f"benchmarks.compare: {error.filename or 'a file'}: {error.strerror or error}")
-        return 2
-    except KeyboardInterrupt:
-        say("interrupted; the same command goes on with the runs that are missing")
-        return 130
-    return 0
+    arguments = shlex.join(sys.argv[1:] if argv is None else argv)
+    goes_on = "the same command goes on with the runs that are missing"
+    return ended("benchmarks.compare", lambda: compare(chosen, arguments), goes_on)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -144,11 +136,6 @@ def settings_of(chosen: argparse.Namespace) -> Settings:
     name = chosen.data or experiment.default_data()
     settings = QUICK if chosen.quick else FASHION_MNIST if name == "fashion-mnist" else DIGITS
     return settings if chosen.seeds is None else replace(settings, seeds=tuple(range(chosen.seeds)))
-
-
-def say(line: str) -> None:
-    """Progress and mistakes go to stderr; stdout is for the table."""
-    print(line, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from benchmarks.command import ended, say
 from benchmarks.files import UserError, replacing
 from benchmarks.fractions import study
 from benchmarks.options import Parser, count
@@ -21,18 +22,9 @@ RESULTS = Path("benchmarks/results")
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the comparison and returns the exit code: 0, 2 after a mistake of the caller, 130 after Ctrl-C."""
     chosen = build_parser().parse_args(argv)
-    try:
-        compare(chosen, shlex.join(sys.argv[1:] if argv is None else argv))
-    except UserError as error:
-        say(f"benchmarks.fractions: {error}")
-        return 2
-    except OSError as error:
-        say(f"benchmarks.fractions: {error.filename or 'a file'}: {error.strerror or error}")
-        return 2
-    except KeyboardInterrupt:
-        say("interrupted; the same command goes on with the runs that are missing")
-        return 130
-    return 0
+    arguments = shlex.join(sys.argv[1:] if argv is None else argv)
+    goes_on = "the same command goes on with the runs that are missing"
+    return ended("benchmarks.fractions", lambda: compare(chosen, arguments), goes_on)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -77,11 +69,6 @@ def compare(chosen: argparse.Namespace, arguments: str) -> None:
         file.write(report.markdown(found).encode())
     print(report.text(found), flush=True)
     say(f"everything is in {results}, the finished runs in {folder}")
-
-
-def say(line: str) -> None:
-    """Progress and mistakes go to stderr; stdout is for the table."""
-    print(line, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ import torch
 from tqdm import tqdm
 
 from benchmarks import options
+from benchmarks.command import ended, say
 from benchmarks.files import UserError, replacing
 from benchmarks.lifelong import experiment, report, streams
 from benchmarks.lifelong.experiment import QUICK, SETTINGS, Done, Run, Settings
@@ -31,18 +32,9 @@ SEEDS = 5
 def main(argv: Sequence[str] | None = None) -> int:
     """Performs all runs and returns the exit code: 0, 2 after a mistake of the caller, 130 after Ctrl-C."""
     chosen = build_parser().parse_args(argv)
-    try:
-        lifelong(chosen, shlex.join(sys.argv[1:] if argv is None else argv))
-    except UserError as error:
-        say(f"benchmarks.lifelong: {error}")
-        return 2
-    except OSError as error:
-        say(f"benchmarks.lifelong: {error.filename or 'a file'}: {error.strerror or error}")
-        return 2
-    except KeyboardInterrupt:
-        say("interrupted; the same command goes on from the last checkpoint")
-        return 130
-    return 0
+    arguments = shlex.join(sys.argv[1:] if argv is None else argv)
+    goes_on = "the same command goes on from the last checkpoint"
+    return ended("benchmarks.lifelong", lambda: lifelong(chosen, arguments), goes_on)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -194,11 +186,6 @@ def write(folder: Path, settings: Settings, seeds: int, done: Done, environment:
         with replacing(folder / name) as file:
             file.write(content)
     return report.text(found)
-
-
-def say(line: str) -> None:
-    """Progress and mistakes go to stderr; stdout is for the tables."""
-    print(line, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

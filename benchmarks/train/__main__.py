@@ -22,6 +22,7 @@ from tqdm import tqdm
 from benchmarks import checkpoint as checkpoints
 from benchmarks import methods, options
 from benchmarks.checkpoint import Checkpoint, Record
+from benchmarks.command import ended, say
 from benchmarks.files import UserError, replacing
 from benchmarks.job import Job, first_line
 from benchmarks.store import write_json
@@ -35,21 +36,15 @@ PICTURE = "curves.png"
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the job and returns the exit code: 0, 2 after a mistake of the caller, 130 after Ctrl-C."""
     chosen, given = options.parse(argv)
-    try:
+
+    def work() -> None:
         if chosen.resume or given - options.OF_COMPARISON - {"output"}:
             train(chosen, given)
         else:
             compare(chosen, shlex.join(sys.argv[1:] if argv is None else argv))
-    except UserError as error:
-        say(f"benchmarks.train: {error}")
-        return 2
-    except OSError as error:
-        say(f"benchmarks.train: {error.filename or 'a file'}: {error.strerror or error}")
-        return 2
-    except KeyboardInterrupt:
-        say("interrupted; the same command, for a single run with --resume, goes on from what is there")
-        return 130
-    return 0
+
+    goes_on = "the same command, for a single run with --resume, goes on from what is there"
+    return ended("benchmarks.train", work, goes_on)
 
 
 def compare(chosen: argparse.Namespace, arguments: str) -> None:
@@ -228,11 +223,6 @@ def refuse_to_overwrite(folder: Path) -> None:
     ours = (checkpoints.NAME, results.HISTORY, results.SUMMARY, results.RESULTS, PICTURE, "weights-*.pt")
     if any(found for name in ours for found in folder.glob(name)):
         raise UserError(f"--output {folder}: holds a run already; continue it with --resume, or name another folder")
-
-
-def say(line: str) -> None:
-    """Progress and mistakes go to stderr; stdout is for the table."""
-    print(line, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

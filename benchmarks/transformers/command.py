@@ -2,11 +2,11 @@
 
 import argparse
 import os
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from benchmarks.command import ended, say
 from benchmarks.files import UserError
 from benchmarks.options import Parser, count
 from benchmarks.store import Store
@@ -27,18 +27,8 @@ def main(name: str, parser: Parser, make: Callable[[argparse.Namespace], Study],
     """
     _add_options(parser, name.rpartition(".")[2])
     chosen = parser.parse_args(argv)
-    try:
-        run(chosen, make(chosen), _command(name, parser, chosen))
-    except UserError as error:
-        say(f"{name}: {error}")
-        return 2
-    except OSError as error:
-        say(f"{name}: {error.filename or 'a file'}: {error.strerror or error}")
-        return 2
-    except KeyboardInterrupt:
-        say("interrupted; the same command goes on from the last checkpoints")
-        return 130
-    return 0
+    goes_on = "the same command goes on from the last checkpoints"
+    return ended(name, lambda: run(chosen, make(chosen), _command(name, parser, chosen)), goes_on)
 
 
 def _add_options(parser: Parser, name: str) -> None:
@@ -86,8 +76,3 @@ def run(chosen: argparse.Namespace, study: Study, command: str) -> None:
     results.mkdir(parents=True, exist_ok=True)
     print(report.write(results, study, folder, command), flush=True)
     say(f"everything is in {results}, the finished runs in {path}")
-
-
-def say(line: str) -> None:
-    """Progress and mistakes go to stderr; stdout is for the table."""
-    print(line, file=sys.stderr, flush=True)
