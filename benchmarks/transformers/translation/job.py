@@ -34,7 +34,7 @@ class TranslationSettings(Settings):
     heads: int = 4
     dropout: float = 0.1
     smoothing: float = 0.1
-    epochs: int = 7
+    epochs: int = 5
     tokens: int = 2000
     """Of a minibatch at most, source and target, with what they are padded with."""
     warmup: float = 0.1
