@@ -151,4 +151,7 @@ def judge(
               above("sam-quarter", "sgd")),
         Claim("", "Lookbehind-SAM whose first ascent is on a quarter of the minibatch comes close to Lookbehind-SAM",
               (compare("accuracy", "lookbehind-quarter", "lookbehind", "close to"),)),
+        Claim("", "What Lookbehind is over helps by itself: SAM and ASAM against SGD",
+              (*above("sam", "sgd"), *above("asam", "sgd"), compare("under_noise", "sam", "sgd"),
+               compare("under_noise", "asam", "sgd"))),
     )  # fmt: skip

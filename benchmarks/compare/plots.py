@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from benchmarks.compare.claims import Measured
+from benchmarks.compare.experiment import TUNED, key_of
 from benchmarks.compare.report import Report
 from benchmarks.methods import METHODS
 from benchmarks.style import FAINT, HEAD, INK, STYLE, canvas
@@ -77,31 +78,44 @@ def _accuracy(report: Report) -> Figure:
 
 
 def _evaluations(report: Report) -> Figure:
-    """Mean accuracy against what it cost."""
+    """Mean accuracy against what it cost, also of who trains longer."""
     figure = canvas(
-        9, 5.0, "Accuracy against gradient evaluations",
-        "Mean of the seeds, and their range; those of the same cost stand beside each other", legend=False,
+        11, 6.0, "Accuracy against gradient evaluations",
+        "Mean of the seeds, and their range; circles: as many epochs; triangles: trained until Lookbehind's cost. "
+        "Those of the same cost stand beside each other", legend=False,
     )  # fmt: skip
-    axes = figure.add_subplot()
-    of_cost: dict[float, list[Measured]] = {}
-    for m in report.measured.values():
-        of_cost.setdefault(m.evaluations, []).append(m)
-    for m in report.measured.values():
-        accuracy = 100 * np.array(m.accuracy)
-        beside = of_cost[m.evaluations]
-        x = m.evaluations * 1.035 ** (beside.index(m) - (len(beside) - 1) / 2)
-        axes.plot([x] * 2, [accuracy.min(), accuracy.max()], color=_colour(m), linewidth=1.2, alpha=0.6)
-        axes.plot(
-            x, accuracy.mean(), _marker(m), color=_colour(m), markersize=7.5, linestyle="",
-            label=m.row.label, zorder=3,
-        )  # fmt: skip
-    axes.set_xscale("log")
-    axes.xaxis.set_major_locator(FixedLocator(sorted(of_cost)))
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
-    axes.set_xlabel("gradient evaluations a run")
-    axes.set_ylabel("correct (%)")
-    axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=8)
+    first = None
+    for column, asam in enumerate((False, True)):
+        axes = first = figure.add_subplot(1, 2, column + 1, sharey=first)
+        axes.set_title(f"Methods over {'ASAM' if asam else 'SAM'}", **HEAD)
+        keys = [key_of(method, over) for method, over in TUNED if over == asam or method in ("sgd", "lookahead")]
+        keys += [f"{key}-longer" for key in keys if f"{key}-longer" in report.measured]
+        rows = {key: report.measured[key] for key in keys}
+        costs = [m.evaluations for m in rows.values()]
+        place = {
+            key: m.evaluations * 1.04 ** (_before(rows, key) - (costs.count(m.evaluations) - 1) / 2)
+            for key, m in rows.items()
+        }  # fmt: skip
+        for key, m in rows.items():
+            accuracy, longer = 100 * np.array(m.accuracy), key.endswith("-longer")
+            axes.plot([place[key]] * 2, [accuracy.min(), accuracy.max()], color=_colour(m), linewidth=1.2, alpha=0.6)
+            axes.plot(
+                place[key], accuracy.mean(), "^" if longer else "o", color=_colour(m), markersize=7, linestyle="",
+                label=None if longer else m.row.label, zorder=3,
+            )  # fmt: skip
+            if longer:
+                before = key.removesuffix("-longer")
+                axes.plot(
+                    [place[before], place[key]], [100 * np.mean(rows[before].accuracy), accuracy.mean()],
+                    color=_colour(m), linestyle=":", linewidth=1.2,
+                )  # fmt: skip
+        axes.set_xscale("log")
+        axes.xaxis.set_major_locator(FixedLocator(_apart(costs)))
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+        axes.set_xlabel("gradient evaluations a run")
+        axes.set_ylabel("" if asam else "correct (%)")
+        axes.legend(loc="upper left", bbox_to_anchor=(0, -0.14), frameon=False, fontsize=7.5, ncols=2)
     return figure
 
 
@@ -122,7 +136,7 @@ def _sharpness(report: Report) -> Figure:
             axes.set_xlabel("radius")
             axes.set_ylabel("nats" if column == 0 else "")
             if column == 0:
-                axes.legend(frameon=False, fontsize=7.5, loc="upper left")
+                axes.legend(frameon=False, fontsize=7.5, loc="upper left", handlelength=3)
     return figure
 
 
@@ -139,7 +153,7 @@ def _noise(report: Report) -> Figure:
         _lines(axes, report, keys, report.settings.noise_levels, lambda m: 100 * np.array(m.noise))
         axes.set_xlabel("level of noise")
         axes.set_ylabel("correct (%)" if column == 0 else "")
-        axes.legend(frameon=False, fontsize=7.5, loc="lower left")
+        axes.legend(frameon=False, fontsize=7.5, loc="lower left", handlelength=3)
     return figure
 
 
@@ -243,12 +257,23 @@ def _line(axes: Axes, x: Sequence[float], values: np.ndarray, colour: str, label
     axes.plot(x, values.mean(0), "o", linestyle=style, color=colour, markersize=3.5, linewidth=1.6, label=label)
 
 
+def _before(rows: dict[str, Measured], key: str) -> int:
+    """How many rows of the same cost stand before this one."""
+    same = [other for other, m in rows.items() if m.evaluations == rows[key].evaluations]
+    return same.index(key)
+
+
+def _apart(values: Sequence[float]) -> list[float]:
+    """In order, without those whose labels would touch the one before, on a logarithmic axis."""
+    kept: list[float] = []
+    for value in sorted(set(values)):
+        if not kept or value > 1.25 * kept[-1]:
+            kept.append(value)
+    return kept
+
+
 def _colour(m: Measured) -> str:
     return METHODS[m.row.method].colour
-
-
-def _marker(m: Measured) -> str:
-    return "s" if m.row.asam else "^" if m.row.key.endswith("-longer") else "o"
 
 
 def _horizontal(axes: Axes) -> None:

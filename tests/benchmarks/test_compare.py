@@ -126,7 +126,7 @@ def test_the_markdown_says_what_the_numbers_say(whole):
     for row in content["rows"].values():
         line = next(line for line in text.splitlines() if line.startswith(f"| {row['label']} |"))
         assert f"| {row['evaluations']:,.0f} | {100 * sum(row['accuracy']) / len(QUICK.seeds):.1f} (" in line
-    assert len(content["claims"]) == 16
+    assert len(content["claims"]) == 17
     seconds = sum(json.loads(path.read_text())["seconds"] for path in whole.glob("*-*.json"))
     assert content["seconds"] == pytest.approx(seconds, rel=1e-4)
     assert f"All runs trained for {seconds / 3600:.1f} hours" in text
@@ -148,7 +148,7 @@ def test_the_pictures_are_drawn(whole):
     assert {*re.findall(r"^!\[.+\]\((.+)\)$", (whole / "compare.md").read_text(), re.MULTILINE)} == PICTURES
     for name in PICTURES:
         picture = imread(whole / name)[..., :3]
-        assert picture.shape[1] in (1800, 2000, 2400, 2600)
+        assert picture.shape[1] in (1800, 2000, 2200, 2400, 2600)
         assert 0.01 < (picture.min(axis=2) < 0.9).mean() < 0.5, name
 
 
@@ -408,9 +408,9 @@ def test_claims_of_made_up_numbers():
     claims = compare_claims.judge(replace(QUICK, seeds=(0, 1, 2)), measured, over_rho)
     verdicts = [claim.verdict for claim in claims]
     # 2: below the mean gradient's; 3: not over ASAM; 4 and 5: not over ASAM; 10: not over ASAM; 13: neither;
-    # 16: by two points
+    # 16: by two points; 17: ASAM more accurate, but less robust
     expected = [HOLDS, FAILS, FAILS, FAILS, FAILS, HOLDS, HOLDS, HOLDS, HOLDS, FAILS, HOLDS, HOLDS, FAILS]
-    expected += [HOLDS, HOLDS, FAILS]
+    expected += [HOLDS, HOLDS, FAILS, FAILS]
     assert verdicts == expected
     assert [finding.verdict for finding in claims[1].findings] == [HOLDS, HOLDS, HOLDS, FAILS, HOLDS]
     assert [finding.verdict for finding in claims[2].findings] == [HOLDS, FAILS]
@@ -426,6 +426,7 @@ def test_claims_of_made_up_numbers():
         claims[13].text == "SAM with ascents on a quarter of the minibatch comes close to SAM at 0.625 of its gradients"
     )
     assert claims[13].findings[0].differences == pytest.approx((-0.004, -0.004, -0.004))
+    assert [finding.verdict for finding in claims[16].findings] == [HOLDS, HOLDS, HOLDS, FAILS]
     assert claims[14].findings[0].differences == pytest.approx((0.096, 0.096, 0.096))
     assert measured["sam"].best == pytest.approx((2 / 3,) * 3)
 
