@@ -5,16 +5,50 @@ import os
 import signal
 import threading
 import traceback
-from collections.abc import Callable, Collection, Hashable
+from collections.abc import Callable, Collection, Hashable, Sequence
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
 from tqdm import tqdm
 
 from benchmarks.files import UserError
+from benchmarks.store import Store
 
 Progress = tuple[float, float, str]
 """What is done, of how much, and a few words."""
+
+
+def run_plan(
+    perform: Callable[[Any], Any],
+    store: Store,
+    plan: Callable[[], Sequence[Any]],
+    cost: Callable[[Any], float],
+    jobs: int,
+    description: str,
+    guessed: Callable[[], Sequence[Any]] | None = None,
+) -> None:
+    """Performs every run of a plan that the store has no result of, and keeps it there.
+
+    Args:
+        perform: see ``run_missing``.
+        plan: the runs that are known to be needed, in their order; asked again after each result, since what is run
+            next may follow from the results so far.
+        cost: gradient evaluations of a run.
+        jobs: how many processes, at least 1.
+        description: stands before the bar.
+        guessed: all runs by the best present guess, where ``plan`` does not know them yet.
+    """
+
+    def missing(under_way: Collection[Hashable]) -> Any:
+        return next((run for run in plan() if run.name not in store.done and run not in under_way), None)
+
+    def progress() -> Progress:
+        runs = (guessed or plan)()
+        there = [run for run in runs if run.name in store.done]
+        words = f"{len(there)} of {'about ' * (guessed is not None)}{len(runs)} runs"
+        return sum(map(cost, there)), sum(map(cost, runs)), words
+
+    run_missing(perform, missing, store.keep, progress, jobs, description)
 
 
 def run_missing(

@@ -18,9 +18,8 @@ from benchmarks.compare import experiment, report
 from benchmarks.compare.experiment import DIGITS, FASHION_MNIST, QUICK, Settings
 from benchmarks.files import UserError, replacing
 from benchmarks.options import Parser, count
-from benchmarks.runs import Run
 from benchmarks.store import Store, write_json
-from benchmarks.workers import Progress, run_missing
+from benchmarks.workers import run_plan
 
 RESULTS = Path("benchmarks/results")
 TABLE = "compare.md"
@@ -82,18 +81,11 @@ def compare(chosen: argparse.Namespace, arguments: str) -> None:
 
 def perform_all(settings: Settings, store: Store, jobs: int) -> None:
     """Every run that the store has no result of; what is run next follows from the results so far."""
-
-    def missing(under_way: object) -> Run | None:
-        plan = experiment.plan(settings, store.done)
-        return next((run for run in plan if run.name not in store.done and run not in under_way), None)
-
-    def progress() -> Progress:
-        plan = experiment.plan(settings, store.done, guessed=True)
-        there = [run for run in plan if run.name in store.done]
-        total, done = (steps(settings) * sum(run.cost for run in some) for some in (plan, there))
-        return done, total, f"{len(there)} of about {len(plan)} runs"
-
-    run_missing(partial(runs.perform, settings), missing, store.keep, progress, jobs, "comparison")
+    run_plan(
+        partial(runs.perform, settings), store, lambda: experiment.plan(settings, store.done),
+        lambda run: steps(settings) * run.cost, jobs, "comparison",
+        guessed=lambda: experiment.plan(settings, store.done, guessed=True),
+    )  # fmt: skip
 
 
 def steps(settings: Settings) -> int:

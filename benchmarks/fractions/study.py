@@ -17,7 +17,7 @@ from benchmarks.job import Job
 from benchmarks.runs import Done, Result, Setting, mean_accuracy
 from benchmarks.spread import Spread, ratios
 from benchmarks.store import Store
-from benchmarks.workers import Progress, run_missing
+from benchmarks.workers import run_plan
 
 
 @dataclass(frozen=True)
@@ -160,18 +160,10 @@ def plan(settings: Settings) -> list[Run]:
 def run(settings: Settings, folder: Path, jobs: int) -> Store:
     """Performs every run that the folder has no result of. UserError for a folder of another comparison."""
     store = Store(folder, asdict(settings), runs.load(settings).fingerprint(), Run)
-    everything = plan(settings)
-
-    def missing(under_way: object) -> Run | None:
-        return next((run for run in everything if run.name not in store.done and run not in under_way), None)
-
-    def progress() -> Progress:
-        steps = settings.epochs * (settings.training // settings.batch_size)
-        there = [run for run in everything if run.name in store.done]
-        total, done = (steps * sum(run.cost(settings) for run in some) for some in (everything, there))
-        return done, total, f"{len(there)} of {len(everything)} runs"
-
-    run_missing(partial(perform, settings), missing, store.keep, progress, jobs, "fractions")
+    everything, steps = plan(settings), settings.epochs * (settings.training // settings.batch_size)
+    run_plan(
+        partial(perform, settings), store, lambda: everything, lambda run: steps * run.cost(settings), jobs, "fractions"
+    )
     return store
 
 

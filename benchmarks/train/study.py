@@ -11,7 +11,7 @@ from benchmarks import runs
 from benchmarks.methods import METHODS
 from benchmarks.runs import Done, Run, Setting, mean_accuracy
 from benchmarks.store import Store
-from benchmarks.workers import Progress, run_missing
+from benchmarks.workers import run_plan
 
 
 @dataclass(frozen=True)
@@ -73,16 +73,6 @@ def best_rhos(settings: Settings, done: Done) -> dict[str, float | None]:
 def run(settings: Settings, folder: Path, jobs: int) -> Store:
     """Performs every run that the folder has no result of. UserError for a folder of another comparison."""
     store = Store(folder, asdict(settings), runs.load(settings).fingerprint(), Run)
-    everything = plan(settings)
-
-    def missing(under_way: object) -> Run | None:
-        return next((run for run in everything if run.name not in store.done and run not in under_way), None)
-
-    def progress() -> Progress:
-        steps = settings.training // settings.batch_size
-        there = [run for run in everything if run.name in store.done]
-        total, done = (steps * sum(run.cost for run in some) for some in (everything, there))
-        return done, total, f"{len(there)} of {len(everything)} runs"
-
-    run_missing(partial(runs.perform, settings), missing, store.keep, progress, jobs, "main job")
+    everything, steps = plan(settings), settings.training // settings.batch_size
+    run_plan(partial(runs.perform, settings), store, lambda: everything, lambda run: steps * run.cost, jobs, "main job")
     return store

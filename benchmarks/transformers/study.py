@@ -5,7 +5,7 @@ import statistics
 import sys
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Hashable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -17,7 +17,7 @@ from benchmarks.store import Store
 from benchmarks.transformers import plan
 from benchmarks.transformers.plan import Result, Run, Settings
 from benchmarks.transformers.training import Task, train
-from benchmarks.workers import Progress, run_missing
+from benchmarks.workers import run_plan
 
 
 class Study(ABC):
@@ -76,29 +76,28 @@ def run_all(study: Study, folder: Store, jobs: int) -> None:
     torch.set_num_threads(1)
     settings, done = study.settings, folder.done
 
-    def missing(running: Collection[Hashable]) -> Run | None:
-        known = plan.plan(settings, plan.answer(settings, done))
-        return next((run for run in known if run.name not in done and run not in running), None)
+    def known() -> list[Run]:
+        return plan.plan(settings, plan.answer(settings, done))
 
-    def progress() -> Progress:
-        runs = plan.plan(settings, plan.guess(settings, plan.answer(settings, done)))
-        cost = [run.cost(settings) for run in runs]
-        finished = sum(run.cost(settings) for run in runs if run.name in done)
-        return finished * each, sum(cost) * each, f"{sum(r.name in done for r in runs)} of about {len(runs)} runs"
+    def guessed() -> list[Run]:
+        return plan.plan(settings, plan.guess(settings, plan.answer(settings, done)))
 
-    if missing(()) is None:
+    if all(run.name in done for run in known()):
         return
     each, seconds = _measured(study.trial())
-    finished, total, _ = progress()
-    total += study.preparation(folder.folder)
+
+    def cost(run: Run) -> int:
+        return run.cost(settings) * each
+
+    left = sum(cost(run) for run in guessed() if run.name not in done) + study.preparation(folder.folder)
     print(
-        f"{study.name}: {total - finished:,.0f} gradient evaluations are to be done, {1000 * seconds:.0f} ms each: "
-        f"about {(total - finished) * seconds / jobs / 60:.0f} minutes on {jobs} idle cores",
+        f"{study.name}: {left:,.0f} gradient evaluations are to be done, {1000 * seconds:.0f} ms each: "
+        f"about {left * seconds / jobs / 60:.0f} minutes on {jobs} idle cores",
         file=sys.stderr,
         flush=True,
     )
     study.prepare(folder.folder)
-    run_missing(partial(perform, study, folder.folder), missing, folder.keep, progress, jobs, study.name)
+    run_plan(partial(perform, study, folder.folder), folder, known, cost, jobs, study.name, guessed=guessed)
 
 
 def _measured(task: Task) -> tuple[int, float]:

@@ -155,7 +155,7 @@ def test_the_pictures_are_drawn(whole):
 def test_a_second_start_runs_nothing_and_repeats_the_table(whole, capfd, monkeypatch):
     before = contents(whole)
     monkeypatch.setattr(
-        compare, "run_missing", lambda perform, missing, *_: pytest.fail("a run") if missing(()) else None
+        workers, "run_missing", lambda perform, missing, *_: pytest.fail("a run") if missing(()) else None
     )
     assert compare.main([*QUICK_RUN, "--output", str(whole)]) == 0
     output = capfd.readouterr()

@@ -11,7 +11,7 @@ import torch
 from matplotlib.colors import to_rgb
 from matplotlib.image import imread
 
-from benchmarks import runs
+from benchmarks import runs, workers
 from benchmarks.fractions import __main__ as fractions
 from benchmarks.fractions import picture, report, study
 from benchmarks.fractions.report import SAM, SGD, Report
@@ -34,7 +34,7 @@ refused = partial(folders.refused, fractions.main, "benchmarks.fractions")
 def whole(tmp_path_factory):
     """A quick study, its report in the same folder. Stopped once, it has gone on with what was missing."""
     folder = tmp_path_factory.mktemp("whole") / "fractions"
-    run_missing, names = study.run_missing, []
+    run_missing, names = workers.run_missing, []
 
     def stops(perform, missing, keep, progress, jobs, description):
         def keeps(run, result):
@@ -51,11 +51,11 @@ def whole(tmp_path_factory):
             keep(run, perform(run))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(study, "run_missing", stops)
+        patch.setattr(workers, "run_missing", stops)
         assert fractions.main([*QUICK_RUN, "--output", str(folder)]) == 130
         assert len(names) == 5
         assert {path.stem for path in folder.glob("*-*.json")} == {*names}
-        patch.setattr(study, "run_missing", here)
+        patch.setattr(workers, "run_missing", here)
         assert fractions.main([*QUICK_RUN, "--output", str(folder)]) == 0
     assert len(names) == len({*names}) == len(study.plan(QUICK))
     return folder

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from matplotlib.image import imread
 
-from benchmarks import runs
+from benchmarks import runs, workers
 from benchmarks.runs import Run
 from benchmarks.train import __main__ as train
 from benchmarks.train import report as reports
@@ -119,7 +119,7 @@ def test_the_picture_shows_every_method(whole):
 def test_a_second_start_runs_nothing_and_says_the_same(whole, capfd, monkeypatch):
     folder, out = whole
     monkeypatch.setattr(
-        study, "run_missing", lambda perform, missing, *_: pytest.fail("a run") if missing(()) else None
+        workers, "run_missing", lambda perform, missing, *_: pytest.fail("a run") if missing(()) else None
     )
     assert train.main([*QUICK_RUN, "--output", str(folder)]) == 0
     assert capfd.readouterr().out == out

@@ -14,7 +14,7 @@ import pytest
 import torch
 from matplotlib.image import imread
 
-from benchmarks import data
+from benchmarks import data, workers
 from benchmarks.files import UserError
 from benchmarks.paired import Interval
 from benchmarks.store import Store
@@ -91,7 +91,7 @@ def test_the_page_says_what_the_numbers_say(whole):
 
 def test_a_second_start_runs_nothing_and_repeats_the_table(whole, capfd, monkeypatch):
     before = {path.name: path.read_bytes() for path in whole.iterdir() if path.name != "vit.json"}
-    monkeypatch.setattr(studies, "run_missing", None)  # nothing may be run
+    monkeypatch.setattr(workers, "run_missing", None)  # nothing may be run
     assert command.main(["--quick", "--jobs", "1", "--output", str(whole)]) == 0
     assert capfd.readouterr().out.startswith("method ")
     after = {path.name: path.read_bytes() for path in whole.iterdir() if path.name != "vit.json"}
@@ -122,7 +122,7 @@ def test_a_run_gives_the_same_numbers_again(whole):
 
 def test_the_estimate_counts_what_will_be_evaluated(whole, tmp_path, capfd, monkeypatch):
     """Of a new folder, everything; of one whose last run is missing, that run."""
-    monkeypatch.setattr(studies, "run_missing", lambda *_: None)
+    monkeypatch.setattr(workers, "run_missing", lambda *_: None)
     study = Vit(QUICK)
     settings = studies.plain_settings(study)
     studies.run_all(study, Store(tmp_path / "new", settings, study.fingerprint(), Run, "score"), jobs=2)
