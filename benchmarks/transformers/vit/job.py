@@ -52,9 +52,9 @@ class VitSettings(Settings):
 DEFAULT = VitSettings(
     seeds=(0, 1, 2, 3, 4),
     tuning_seeds=(100,),
-    learning_rates=(0.01, 0.03, 0.1),
-    sam_rhos=(0.02, 0.05, 0.1, 0.2),
-    asam_rhos=(0.2, 0.5, 1.0, 2.0),
+    learning_rates=(0.003, 0.01, 0.03),
+    sam_rhos=(0.005, 0.01, 0.02, 0.05),
+    asam_rhos=(0.05, 0.1, 0.2, 0.5),
     ks=(2, 5),
     alphas=(0.5,),
     switch=False,
