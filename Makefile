@@ -51,13 +51,13 @@ compare: $(READY)  ## compare all methods, each tuned, five seeds: an hour or tw
 fractions: $(READY)  ## compare ascents on parts of the minibatch with other ways to save gradients: ten minutes on two cores
 	@$(PY) -m benchmarks.fractions $(ARGS)
 
-lifelong: $(READY)  ## learn 20 tasks one after the other with each method: two CPU hours; goes on where it stopped
+lifelong: $(READY)  ## learn 20 tasks one after the other with each method: one to two CPU hours; goes on where it stopped
 	@$(PY) -m benchmarks.lifelong $(ARGS)
 
-translation: $(WITH_TRANSLATION)  ## train translators from German messages, each method tuned; goes on where it stopped
+translation: $(WITH_TRANSLATION)  ## train translators from German messages, each method tuned: an hour on two cores; goes on where it stopped
 	@$(PY) -m benchmarks.transformers.translation $(ARGS)
 
-vit: $(READY)  ## fine-tune vision transformers, each method tuned: an hour on two cores; goes on where it stopped
+vit: $(READY)  ## fine-tune vision transformers, each method tuned: half an hour on two cores; goes on where it stopped
 	@$(PY) -m benchmarks.transformers.vit $(ARGS)
 
 test: $(READY)  ## run what a change needs: of large tables a sample, another one each time; ARGS are pytest's

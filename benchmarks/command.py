@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 from benchmarks.files import UserError
 
@@ -26,6 +27,13 @@ def ended(name: str, work: Callable[[], object], interrupted: str) -> int:
         say(f"interrupted; {interrupted}")
         return 130
     return 0
+
+
+def check_folders(output: Path, results: Path) -> None:
+    """Before anything is done: UserError, naming the option, where a folder of runs or of the report is none."""
+    for option, path in (("--output", output), ("--results", results)):
+        if path.exists() and not path.is_dir():
+            raise UserError(f"{option} {path}: not a folder")
 
 
 def say(line: str) -> None:

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 
 from benchmarks import runs
-from benchmarks.command import ended, say
+from benchmarks.command import check_folders, ended, say
 from benchmarks.compare import experiment, report
 from benchmarks.compare.experiment import DIGITS, FASHION_MNIST, QUICK, Settings
 from benchmarks.files import UserError, replacing
@@ -65,9 +65,7 @@ def compare(chosen: argparse.Namespace, arguments: str) -> None:
     settings = settings_of(chosen)
     folder = chosen.output or Path("runs/compare-quick" if chosen.quick else "runs/compare")
     results = chosen.results or (folder if chosen.quick else RESULTS)
-    for flag, path in (("--output", folder), ("--results", results)):
-        if path.exists() and not path.is_dir():
-            raise UserError(f"{flag} {path}: not a folder")
+    check_folders(folder, results)
     store = Store(folder, asdict(settings), runs.load(settings).fingerprint(), runs.Run)
     say(estimate(settings, store, chosen.jobs))
     if chosen.estimate:

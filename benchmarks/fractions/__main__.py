@@ -10,8 +10,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.command import ended, say
-from benchmarks.files import UserError, replacing
+from benchmarks.command import check_folders, ended, say
+from benchmarks.files import replacing
 from benchmarks.fractions import study
 from benchmarks.options import Parser, count
 from benchmarks.store import write_json
@@ -55,9 +55,7 @@ def compare(chosen: argparse.Namespace, arguments: str) -> None:
     settings = study.QUICK if chosen.quick else study.SHOWN
     folder = chosen.output or Path("runs/fractions-quick" if chosen.quick else "runs/fractions")
     results = chosen.results or (folder if chosen.quick else RESULTS)
-    for flag, path in (("--output", folder), ("--results", results)):
-        if path.exists() and not path.is_dir():
-            raise UserError(f"{flag} {path}: not a folder")
+    check_folders(folder, results)
     store = study.run(settings, folder, chosen.jobs)
     times = study.times(settings, chosen.rounds)
     found = report.make(settings, store, times, f"python -m benchmarks.fractions {arguments}".strip())

@@ -17,8 +17,8 @@ import torch
 from tqdm import tqdm
 
 from benchmarks import options
-from benchmarks.command import ended, say
-from benchmarks.files import UserError, replacing
+from benchmarks.command import check_folders, ended, say
+from benchmarks.files import replacing
 from benchmarks.lifelong import experiment, report, streams
 from benchmarks.lifelong.experiment import QUICK, SETTINGS, Done, Run, Settings
 from benchmarks.lifelong.learning import Learning, perform
@@ -83,8 +83,7 @@ def lifelong(chosen: argparse.Namespace, arguments: str) -> None:
     seeds = chosen.seeds or (2 if chosen.quick else SEEDS)
     folder = chosen.output or Path(f"runs/lifelong-{'quick' if chosen.quick else settings.stream}")
     results = chosen.results or (folder if chosen.quick else RESULTS)
-    if results.exists() and not results.is_dir():
-        raise UserError(f"{results}: not a folder")
+    check_folders(folder, results)
     tasks = Tasks(settings, chosen.data_dir)
     store = Store(folder, asdict(settings), tasks.fingerprint(experiment.TUNING_SEED), Run)
     say(estimate(settings, seeds, store.done, tasks))

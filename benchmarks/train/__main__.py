@@ -22,7 +22,7 @@ from tqdm import tqdm
 from benchmarks import checkpoint as checkpoints
 from benchmarks import methods, options
 from benchmarks.checkpoint import Checkpoint, Record
-from benchmarks.command import ended, say
+from benchmarks.command import check_folders, ended, say
 from benchmarks.files import UserError, replacing
 from benchmarks.job import Job, first_line
 from benchmarks.store import write_json
@@ -54,9 +54,7 @@ def compare(chosen: argparse.Namespace, arguments: str) -> None:
     settings = study.QUICK if chosen.quick else study.SHOWN
     folder = chosen.output or RUNS / ("train-quick" if chosen.quick else "train")
     written = chosen.results or folder
-    for flag, path in (("--output", folder), ("--results", written)):
-        if path.exists() and not path.is_dir():
-            raise UserError(f"{flag} {path}: not a folder")
+    check_folders(folder, written)
     store = study.run(settings, folder, chosen.jobs or os.cpu_count())
     found = report.make(settings, store, f"python -m benchmarks.train {arguments}".strip())
     written.mkdir(parents=True, exist_ok=True)

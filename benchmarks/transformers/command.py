@@ -6,8 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from benchmarks.command import ended, say
-from benchmarks.files import UserError
+from benchmarks.command import check_folders, ended, say
 from benchmarks.options import Parser, count
 from benchmarks.store import Store
 from benchmarks.transformers.plan import Run
@@ -66,8 +65,7 @@ def run(chosen: argparse.Namespace, study: Study, command: str) -> None:
         study.settings = replace(study.settings, seeds=tuple(range(chosen.seeds)))
     path = chosen.output or Path("runs", study.name + "-quick" * chosen.quick)
     results = chosen.results or (path if chosen.quick else RESULTS / study.name)
-    if results.exists() and not results.is_dir():
-        raise UserError(f"{results}: not a folder")
+    check_folders(path, results)
     folder = Store(path, plain_settings(study), study.fingerprint(), Run, "score")
     run_all(study, folder, chosen.jobs)
 

@@ -374,7 +374,8 @@ def refused(capfd: pytest.CaptureFixture[str], *argv: str) -> str:
         (["--stream", "pairs", "--data-dir", "nowhere"], "train-images-idx3-ubyte"),
         (["--nonsense"], "--nonsense"),
         (["--quick", "--training", "5000"], "training and validation images"),
-        (["--quick", "--output", "/dev/null"], "not a folder"),
+        (["--quick", "--output", "/dev/null"], "--output /dev/null: not a folder"),
+        (["--quick", "--results", "/dev/null"], "--results /dev/null: not a folder"),
     ],
     ids=" ".join,
 )

@@ -98,6 +98,12 @@ def test_a_second_start_runs_nothing_and_repeats_the_table(whole, capfd, monkeyp
     assert before == after
 
 
+@pytest.mark.parametrize("option", ["--output", "--results"])
+def test_a_file_is_no_folder(option, capfd):
+    assert command.main(["--quick", option, os.devnull]) == 2
+    assert f"{option} {os.devnull}: not a folder" in capfd.readouterr().err
+
+
 def test_a_folder_of_other_settings_or_data_is_refused(whole, capfd):
     before = {path.name: path.read_bytes() for path in whole.iterdir()}
     assert command.main(["--quick", "--seeds", "3", "--output", str(whole)]) == 2
