@@ -45,7 +45,7 @@ def draw(
         axes.grid(False, axis="y")
         axes.tick_params(axis="y", length=0)
         note = "; ".join(f"{name}: {score:.1f}" for name, score in references.items())
-        note += f"; torch {environment['torch']}, {environment['python']}"
+        note += f"; torch {environment['torch']}, Python {environment['python']}"
         figure.text(0.012, 0.012, note, size=7, color=FAINT, va="bottom")
         figure.savefig(file, format="png", dpi=200, facecolor="white")
         return file.getvalue()
